@@ -1,0 +1,222 @@
+"""The nouns everybody shares: threat model, observation, truth, reconstruction, status.
+
+An attack receives an :class:`Observation` and returns a :class:`Reconstruction`. Only the scorer
+receives the :class:`Truth`. Nothing in :mod:`jgia.attacks` can import a truth, and a test holds it
+to that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from jgia import _checks
+from jgia.models import Victim, flatten_params, unflatten_params
+
+PyTree = Any
+
+
+class Status(enum.StrEnum):
+    """What became of one candidate; strings, so that they survive JSON unchanged."""
+
+    EXACT = "exact"
+    """Over-determined, solved until the residual reached the read-out's own noise."""
+    REGULARIZED = "regularised"
+    """Fewer equations than unknowns somewhere: filled in by the sparse prior."""
+    RANK_DEFICIENT = "rank_deficient"
+    """Enough equations by count, but some pixels are not determined by them."""
+    NOT_CONVERGED = "not_converged"
+    """The solver reached its iteration limit; the image is its best point."""
+    MIXTURE = "mixture"
+    """Several samples share the bin: the tests of a single sample failed."""
+    DUPLICATE = "duplicate"
+    """The same image as a candidate with a better score."""
+    NONFINITE = "nonfinite"
+    """The arithmetic left the finite numbers; the image is blank."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether a candidate with this status is returned as a reconstruction."""
+        return self in _ACCEPTED
+
+
+_ACCEPTED = frozenset(
+    {Status.EXACT, Status.REGULARIZED, Status.RANK_DEFICIENT, Status.NOT_CONVERGED}
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ThreatModel:
+    """What the attacker may do and see. Plain data; printed in every report.
+
+    Attributes:
+      server: ``"malicious"`` may choose the parameters it sends (never the architecture);
+        ``"honest_but_curious"`` sends what training produced and only looks.
+      protocol: ``"fedsgd"`` shares one gradient of the mean loss, ``"fedavg"`` the difference
+        between the parameters after local training and those sent.
+      local_steps: optimizer steps behind a FedAvg update (1 for FedSGD).
+      local_learning_rate: the client's learning rate if the attacker knows it, else ``None``.
+      num_examples: how many examples the update covers if the attacker knows it, else ``None``.
+      labels_known: whether labels are given to the attacker. No attack here needs them yet.
+      public_data: what public images the attacker calibrates on, in words.
+    """
+
+    server: Literal["malicious", "honest_but_curious"] = "malicious"
+    protocol: Literal["fedsgd", "fedavg"] = "fedsgd"
+    local_steps: int = 1
+    local_learning_rate: float | None = None
+    num_examples: int | None = None
+    labels_known: bool = False
+    public_data: str = "none"
+
+    def __post_init__(self) -> None:
+        _checks.one_of(("malicious", "honest_but_curious"), server=self.server)
+        _checks.one_of(("fedsgd", "fedavg"), protocol=self.protocol)
+        _checks.at_least(1, local_steps=self.local_steps)
+        if self.protocol == "fedsgd" and self.local_steps != 1:
+            raise ValueError(
+                f"protocol='fedsgd' shares one gradient, got local_steps={self.local_steps}; "
+                "use protocol='fedavg' for several local steps."
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Observation:
+    """Everything an attacker holds after one round, and nothing else.
+
+    Attributes:
+      update: what the client shared: a pytree with the structure of ``params``. A gradient of
+        the mean loss (``protocol="fedsgd"``) or ``params_after - params_sent`` (``"fedavg"``).
+      params: the parameters that the server sent.
+      victim: the model: architecture, input shape, normalization.
+      threat_model: what the attacker may do and know.
+    """
+
+    update: PyTree
+    params: PyTree
+    victim: Victim = dataclasses.field(metadata={"static": True})
+    threat_model: ThreatModel = dataclasses.field(
+        default_factory=ThreatModel, metadata={"static": True}
+    )
+
+    @classmethod
+    def from_arrays(
+        cls,
+        arrays: Mapping[str, np.ndarray],
+        *,
+        victim: Victim,
+        params: PyTree,
+        threat_model: ThreatModel | None = None,
+    ) -> Observation:
+        """Check a flat mapping of arrays against the model and wrap it.
+
+        Use this for an update that was computed elsewhere: names, shapes, dtype and finiteness
+        are compared with the model before anything runs.
+
+        Args:
+          arrays: ``{"conv1/kernel": ..., "fc/bias": ...}`` in this library's names and layout
+            (:func:`jgia.federated.from_torch_layout` converts a PyTorch state dict).
+          victim: the model that the update belongs to.
+          params: the parameters that the server sent (same structure as the update).
+          threat_model: defaults to a malicious FedSGD server.
+
+        Returns:
+          An observation whose ``update`` is a pytree of float arrays.
+
+        Raises:
+          ValueError: an array is missing, extra, mis-shaped, not floating point, or not finite;
+            the message names it and says what was expected.
+        """
+        expected = flatten_params(victim.param_shapes())
+        _match_names(arrays, expected)
+        checked = {
+            name: _check_array(name, arrays[name], tuple(leaf.shape))
+            for name, leaf in expected.items()
+        }
+        return cls(
+            update=unflatten_params(checked),
+            params=params,
+            victim=victim,
+            threat_model=threat_model or ThreatModel(),
+        )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Truth:
+    """The client's private examples. Goes to the scorer and nowhere else.
+
+    Attributes:
+      images: (N, H, W, C) pixels in [0, 1], in the order in which the client held them.
+      labels: (N,) integer class labels.
+    """
+
+    images: Any
+    labels: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """What an attack returns. Row i of every array belongs to the same image, best score first.
+
+    A host-side record, not a pytree: statuses are words. Solvers inside ``jit`` return arrays.
+
+    Attributes:
+      images: (J, H, W, C) pixels clipped to [0, 1]; accepted candidates only.
+      scores: (J,) the attack's own confidence, higher is better; never computed from the truth.
+      statuses: one :class:`Status` per returned image.
+      selected_by: the rule that ordered and accepted the candidates, in words.
+      candidates: one plain mapping per candidate that was looked at, accepted or not, with at
+        least ``status``; JSON-ready.
+      stats: solver and read-out numbers, JSON-ready.
+    """
+
+    images: Any
+    scores: Any
+    statuses: tuple[Status, ...]
+    selected_by: str
+    candidates: tuple[Mapping[str, Any], ...] = ()
+    stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def _match_names(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
+    missing = sorted(set(expected) - set(arrays))
+    extra = sorted(set(arrays) - set(expected))
+    if missing or extra:
+        parts = []
+        if missing:
+            parts.append(f"missing {', '.join(missing)}")
+        if extra:
+            parts.append(f"not in the model: {', '.join(extra)}")
+        raise ValueError(
+            f"the update does not fit the model ({'; '.join(parts)}). Expected exactly "
+            f"{', '.join(sorted(expected))}; was it computed with another model?"
+        )
+
+
+def _check_array(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(value)
+    if array.dtype not in (np.float32, np.float64):
+        raise ValueError(
+            f"{name} must be float32 or float64, got {array.dtype}: the read-out takes "
+            "differences that half precision and integers cannot hold; export the update in "
+            "float32."
+        )
+    if array.shape != shape:
+        hint = ""
+        if sorted(array.shape) == sorted(shape):
+            hint = " The axes look permuted: convert with from_torch_layout (--layout torch)."
+        raise ValueError(f"{name} must have shape {shape}, got {array.shape}.{hint}")
+    if not np.all(np.isfinite(array)):
+        bad = int(np.size(array) - np.count_nonzero(np.isfinite(array)))
+        raise ValueError(
+            f"{name} has {bad} NaN or infinite entries of {array.size}; the update is unusable. "
+            "Check the client's training (learning rate, mixed precision) and export it again."
+        )
+    return array
