@@ -1,0 +1,65 @@
+"""Summary of a result for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from jgia.report import words
+from jgia.report.records import THRESHOLDS
+
+
+def print_summary(
+    console: Console, result: Mapping[str, Any], paths: Mapping[str, Path] | None = None
+) -> None:
+    """Print the verdict, the scores beside the baselines, the timings, and where the report is.
+
+    Strings of the result are printed as they are: markup in a data set's name stays text.
+
+    Args:
+      console: where to print.
+      result: a result that passes :func:`jgia.report.validate_result`.
+      paths: what :func:`jgia.report.write_report` returned, if a report was written.
+    """
+    console.print(Text(words.verdict(result), style="bold"))
+    console.print(Text(words.summary(result)))
+    if result["scores"] is not None:
+        console.print(_score_table(result))
+    counts = result["attack"]["status_counts"]
+    listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+    console.print(Text(f"Candidates: {listed or 'none'}"))
+    timings = result["timings"]
+    console.print(
+        Text(
+            f"Time: {words.seconds(timings['run_s'])} run, {words.seconds(timings['compile_s'])} "
+            f"compilation, {words.seconds(timings['total_s'])} in total "
+            f"on {result['environment']['device']}"
+        )
+    )
+    if paths and "report.html" in paths:
+        console.print(Text(f"Report: {paths['report.html']}"), soft_wrap=True)
+
+
+def _score_table(result: Mapping[str, Any]) -> Table:
+    scores = result["scores"]
+    table = Table("")
+    table.add_column("median", justify="right")
+    table.add_column("capped mean", justify="right")
+    for threshold in THRESHOLDS:
+        table.add_column(f"≥ {threshold} dB", justify="right")
+    attack = {**scores["psnr"], "success_rate": scores["success_rate"]}
+    for name, values in [(result["attack"]["name"], attack), *scores["baselines"].items()]:
+        rates = values.get("success_rate")
+        shares = [words.percent(rates[t]["rate"]) if rates else "–" for t in THRESHOLDS]
+        table.add_row(
+            Text(name.replace("_", " "), style="bold" if values is attack else ""),
+            words.decibel(values["median"]),
+            words.decibel(values["mean_capped"]),
+            *shares,
+        )
+    return table
