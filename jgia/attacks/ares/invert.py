@@ -1,0 +1,324 @@
+"""Invert leaked activations to images: least squares where determined, sparse recovery where not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jgia.attacks.ares.leak import Candidates
+from jgia.attacks.ares.options import AresOptions, PerformanceFlags
+from jgia.attacks.ares.plan import Plan
+from jgia.models import Victim
+from jgia.observation import Reconstruction, Status
+from jgia.sparse import (
+    ConvOperator,
+    LassoOptions,
+    from_planes,
+    largest_eigenvalue,
+    masked_lasso,
+    masked_least_squares,
+    to_planes,
+)
+from jgia.sparse.least_squares import CONVERGED, NONFINITE
+
+SELECTED_BY = "least-squares residual on the active measurements"
+_DETERMINED = 1e-2  # a probe pixel within this many standard deviations is determined
+_PIXEL_SLACK = 0.02  # a recovered pixel may leave [0, 1] by this much before it is a mixture
+_ABANDON_RESIDUAL = 0.02  # far above any single sample's: no more digits for a mixture
+_DUPLICATE_RMSE = 1e-3  # in pixel units
+_CACHE_BYTES = 2 << 20  # patches of one microbatch on CPU: stay inside the caches
+_DEVICE_BYTES = 512 << 20
+
+
+class Inversion(NamedTuple):
+    """What the solvers say about every candidate, on the host.
+
+    Attributes:
+      images: (J, H, W, C) pixels, not clipped.
+      residual: (J,) relative residual on the active equations.
+      determined: (J,) fraction of pixels that the active equations determine.
+      equations_per_unknown: (J,) active equations over unknown pixels.
+      range_excess: (J,) how far determined pixels leave [0, 1].
+      iterations: (J,) solver iterations.
+      status: (J,) solver status code.
+    """
+
+    images: np.ndarray
+    residual: np.ndarray
+    determined: np.ndarray
+    equations_per_unknown: np.ndarray
+    range_excess: np.ndarray
+    iterations: np.ndarray
+    status: np.ndarray
+
+
+def invert(
+    key: Array,
+    candidates: Candidates,
+    plan: Plan,
+    victim: Victim,
+    *,
+    options: AresOptions | None = None,
+    performance: PerformanceFlags | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Reconstruction:
+    """Solve for the image behind every candidate and keep those that are one image.
+
+    Over-determined candidates are solved to the precision of the dtype by masked least squares.
+    Where the active equations leave pixels open (found by solving for a known random probe
+    through the same mask), the l1 problem in a block-DCT and colour basis with the one-sided
+    constraints of the inactive measurements fills them in, and a last least-squares correction
+    restores the determined ones.
+
+    Args:
+      key: PRNG key of the rank probe.
+      candidates: from :func:`leak`.
+      plan: the measurement.
+      victim: for image shape and normalization.
+      options: see :class:`AresOptions`.
+      performance: see :class:`PerformanceFlags`.
+      progress: called with the number of candidates finished after each microbatch.
+
+    Returns:
+      A :class:`Reconstruction`: accepted images in [0, 1], best residual first, and one record
+      per candidate, accepted or not.
+    """
+    options = options or AresOptions()
+    performance = performance or PerformanceFlags()
+    inversion = solve_candidates(
+        key, candidates, plan, victim, options=options, performance=performance, progress=progress
+    )
+    statuses = _statuses(candidates, inversion, options)
+    images = np.clip(np.where(np.isfinite(inversion.images), inversion.images, 0), 0, 1)
+    _mark_duplicates(statuses, images, inversion.residual)
+
+    accepted = [i for i, status in enumerate(statuses) if status.accepted]
+    accepted.sort(key=lambda i: inversion.residual[i])
+    return Reconstruction(
+        images=images[accepted].astype(np.float32),
+        scores=-np.log10(np.maximum(inversion.residual[accepted], 1e-12)),
+        statuses=tuple(statuses[i] for i in accepted),
+        selected_by=SELECTED_BY,
+        candidates=tuple(
+            {
+                "status": str(statuses[i]),
+                "bin": int(candidates.bins[i]),
+                "residual": _finite(inversion.residual[i]),
+                "determined": float(inversion.determined[i]),
+                "equations_per_unknown": float(inversion.equations_per_unknown[i]),
+                "iterations": int(inversion.iterations[i]),
+                "readout_noise": _finite(candidates.noise[i]),
+            }
+            for i in range(len(candidates))
+        ),
+        stats={"num_candidates": len(candidates), "front_end": plan.front_end},
+    )
+
+
+def solve_candidates(
+    key: Array,
+    candidates: Candidates,
+    plan: Plan,
+    victim: Victim,
+    *,
+    options: AresOptions,
+    performance: PerformanceFlags,
+    progress: Callable[[int], None] | None = None,
+) -> Inversion:
+    """Run the solvers over all candidates in microbatches of one fixed shape."""
+    dtype = np.dtype(performance.dtype)
+    if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("dtype='float64' needs float64 enabled: set JAX_ENABLE_X64=1.")
+    size = performance.microbatch or default_microbatch(victim.input_shape, plan.kernel.shape)
+    operator = ConvOperator(jnp.asarray(plan.kernel, dtype))
+    key_probe, key_norm = jax.random.split(key)
+    height, width, num_in = victim.input_shape
+    probe = jax.random.normal(key_probe, (num_in, height, width, 1), dtype)
+    bound = 1.05 * largest_eigenvalue(key_norm, operator, (num_in, height, width))
+    solver = _Solver(operator, probe, bound, plan, options)
+
+    count = len(candidates)
+    total = Inversion(
+        images=np.zeros((count, height, width, num_in), dtype),
+        residual=np.full(count, np.inf),
+        determined=np.zeros(count),
+        equations_per_unknown=np.zeros(count),
+        range_excess=np.zeros(count),
+        iterations=np.zeros(count, int),
+        status=np.full(count, CONVERGED),
+    )
+    # What the read-out already shows to be a mixture is not solved.
+    todo = np.flatnonzero(candidates.in_bracket & candidates.non_negative)
+    for start in range(0, len(todo), size):
+        part = todo[start : start + size]
+        for whole, piece in zip(total, solver(candidates, part, size, victim, dtype), strict=True):
+            whole[part] = piece
+        if progress is not None:
+            progress(count - len(todo) + start + len(part))
+    return total
+
+
+def default_microbatch(
+    image_shape: tuple[int, int, int], kernel_shape: tuple[int, ...]
+) -> int:
+    """Candidates solved at once: a power of two that keeps the patches in cache or memory."""
+    height, width, channels = image_shape
+    patch_bytes = 4 * height * width * channels * kernel_shape[0] * kernel_shape[1]
+    budget = _CACHE_BYTES if jax.default_backend() == "cpu" else _DEVICE_BYTES
+    return int(2 ** np.clip(np.floor(np.log2(max(1, budget / patch_bytes))), 0, 10))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Solver:
+    """One microbatch: candidates to images, residuals and rank."""
+
+    operator: ConvOperator
+    probe: Array
+    bound: Array
+    plan: Plan
+    options: AresOptions
+
+    def __call__(
+        self, candidates: Candidates, part: np.ndarray, size: int, victim: Victim, dtype: np.dtype
+    ) -> Inversion:
+        raw = candidates.activations[part]
+        count = len(raw)
+        noise = candidates.noise[part][:, None, None, None]
+        active = raw > np.maximum(6 * noise, 1e-6 * raw.max(axis=(1, 2, 3), keepdims=True))
+        measured = np.where(active, raw - self.plan.bias, 0)
+        pad = ((0, size - count), (0, 0), (0, 0), (0, 0))
+        y = to_planes(jnp.asarray(np.pad(measured, pad), dtype))
+        mask = to_planes(jnp.asarray(np.pad(active, pad)))
+
+        pairs = self.plan.front_end == "signed"
+        if pairs:
+            x, residual, determined = _subtract_pairs(self.probe.shape[0], y, mask)
+            iterations, status = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32)
+        else:
+            x, residual, determined, iterations, status = _least_squares(
+                self.operator, y, mask, self.probe
+            )
+        undetermined = np.asarray(jnp.any(~determined, axis=(0, 1, 2)))[:count]
+        # A candidate that is provably a mixture is not worth the sparse recovery.
+        worth = undetermined & (np.asarray(residual)[:count] < 10 * self.options.mixture_residual)
+        if not pairs and worth.any():
+            lasso = LassoOptions(lam_ratio=self.options.lam_ratio, num_stages=10)
+            x_sparse = _sparse(lasso, self.operator, y, mask, self.bound)
+            x = jnp.where(jnp.asarray(np.pad(worth, (0, size - count))), x_sparse, x)
+
+        pixels = victim.normalization.denormalize(from_planes(x))
+        excess = jnp.maximum(pixels - 1, -pixels) * from_planes(determined)
+        unknowns = np.prod(self.probe.shape)
+        return Inversion(
+            images=np.asarray(pixels)[:count],
+            residual=np.asarray(residual, np.float64)[:count],
+            determined=np.asarray(determined.mean(axis=(0, 1, 2)))[:count],
+            equations_per_unknown=active.sum(axis=(1, 2, 3)) / unknowns,
+            range_excess=np.asarray(excess.max(axis=(1, 2, 3)))[:count],
+            iterations=np.asarray(iterations)[:count],
+            status=np.asarray(status)[:count],
+        )
+
+
+@jax.jit
+def _least_squares(
+    operator: ConvOperator, y: Array, mask: Array, probe: Array
+) -> tuple[Array, ...]:
+    """Solve for the data and, in the same batch, for a known image through the same mask."""
+    known = jnp.broadcast_to(probe, (*probe.shape[:3], y.shape[-1]))
+    both = jnp.concatenate([y, operator.apply(known)], axis=-1)
+    result = masked_least_squares(
+        operator,
+        both,
+        jnp.concatenate([mask, mask], axis=-1),
+        tolerance=float(jnp.finfo(y.dtype).eps) / 4,
+        max_iterations=500,
+        num_refinements=2,
+        abandon_residual=_ABANDON_RESIDUAL,
+    )
+    num = y.shape[-1]
+    determined = jnp.abs(result.x[..., num:] - known) < _DETERMINED
+    return (
+        result.x[..., :num],
+        result.relative_residual[:num],
+        determined,
+        result.iterations[:num],
+        result.status[:num],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sparse(
+    lasso: LassoOptions, operator: ConvOperator, y: Array, mask: Array, bound: Array
+) -> Array:
+    """l1 recovery, then the smallest correction that restores the active equations."""
+    x = masked_lasso(operator, y, mask, options=lasso, step_bound=bound).x
+    remaining = jnp.where(mask, y - operator.apply(x), 0)
+    correction = masked_least_squares(operator, remaining, mask, tolerance=1e-5)
+    return x + correction.x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _subtract_pairs(num: int, y: Array, mask: Array) -> tuple[Array, Array, Array]:
+    """``x = ReLU(x) - ReLU(-x)``; a pair that is on both sides proves a mixture."""
+    plus, minus = y[:num], y[num : 2 * num]
+    conflict = jnp.where(mask[:num] & mask[num : 2 * num], jnp.minimum(plus, minus), 0)
+    norm = jnp.sqrt(jnp.sum(plus**2 + minus**2, axis=(0, 1, 2)))
+    residual = jnp.sqrt(jnp.sum(conflict**2, axis=(0, 1, 2))) / jnp.where(norm > 0, norm, 1)
+    return plus - minus, residual, jnp.ones(plus.shape, bool)
+
+
+def _statuses(
+    candidates: Candidates, inversion: Inversion, options: AresOptions
+) -> list[Status]:
+    """The single-sample tests, one verdict per candidate."""
+    flat = candidates.activations.reshape(len(candidates), -1)
+    scale = np.sqrt(np.mean(flat**2, axis=1)) if len(candidates) else np.zeros(0)
+    statuses = []
+    for i in range(len(candidates)):
+        relative_noise = candidates.noise[i] / max(scale[i], 1e-300)
+        limit = max(options.mixture_residual, 4 * relative_noise)
+        if inversion.status[i] == NONFINITE or not np.all(np.isfinite(inversion.images[i])):
+            statuses.append(Status.NONFINITE)
+        elif (
+            not candidates.in_bracket[i]
+            or not candidates.non_negative[i]
+            or inversion.residual[i] > limit
+            or inversion.range_excess[i] > _PIXEL_SLACK + 10 * candidates.noise[i]
+        ):
+            statuses.append(Status.MIXTURE)
+        elif inversion.equations_per_unknown[i] < 1 and inversion.determined[i] < 1:
+            statuses.append(Status.REGULARIZED)
+        elif inversion.determined[i] < 1:
+            statuses.append(Status.RANK_DEFICIENT)
+        elif inversion.status[i] != CONVERGED:
+            statuses.append(Status.NOT_CONVERGED)
+        else:
+            statuses.append(Status.EXACT)
+    return statuses
+
+
+def _mark_duplicates(statuses: list[Status], images: np.ndarray, residual: np.ndarray) -> None:
+    """Keep the candidate with the smallest residual of every set of equal images, in place."""
+    accepted = sorted(
+        (i for i, status in enumerate(statuses) if status.accepted), key=lambda i: residual[i]
+    )
+    kept: list[int] = []
+    for i in accepted:
+        others = images[kept].reshape(len(kept), images[i].size)
+        distance = np.sqrt(np.mean((others - images[i].ravel()) ** 2, axis=1))
+        if np.any(distance < _DUPLICATE_RMSE):
+            statuses[i] = Status.DUPLICATE
+        else:
+            kept.append(i)
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,150 @@
+"""Read candidate activations out of the fully connected layer's gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from jgia import _checks
+from jgia.attacks.ares.plan import Plan, attackable_layers
+from jgia.observation import Observation
+
+_EPS = float(np.finfo(np.float32).eps)
+_ROWS_PER_CHUNK = 16384
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidates:
+    """Activations read out of one update, one per occupied bin, in order of bins.
+
+    Attributes:
+      activations: (J, H, W, F) float64; exact up to read-out noise where one example sits alone
+        in the bin, a signed mixture of several otherwise.
+      bins: (J,) bin index j: the difference of neurons ``order[j]`` and ``order[j + 1]``.
+      signals: (J,) bias-gradient difference, the denominator of the read-out.
+      noise: (J,) estimated standard deviation of an activation's entries.
+      in_bracket: (J,) whether ``thresholds[j] < q <= thresholds[j + 1]`` up to noise: a convex
+        mixture passes, most signed ones do not.
+      non_negative: (J,) whether no entry is negative beyond noise, as a rectified activation
+        must be.
+      signal_floor: differences at or below this were taken for noise.
+    """
+
+    activations: np.ndarray
+    bins: np.ndarray
+    signals: np.ndarray
+    noise: np.ndarray
+    in_bracket: np.ndarray
+    non_negative: np.ndarray
+    signal_floor: float
+
+    def __len__(self) -> int:
+        return len(self.bins)
+
+
+def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Candidates:
+    """Forward differences of neighbouring neurons' gradients, in float64 on the host.
+
+    ``h_j = (G_j - G_{j+1}) / (g_j - g_{j+1})`` and ``h_{K-1} = G_{K-1} / g_{K-1}`` with G and g
+    the gradients of the layer's weights and biases: examples with ``t_j < q <= t_{j+1}``
+    contribute to the difference, all others cancel. Scale-free, so a FedAvg difference and any
+    learning rate do as well as a gradient.
+
+    Args:
+      observation: what the server holds after the round.
+      plan: from :func:`craft` or :func:`read_plan`, for the parameters in the observation.
+      noise_std: standard deviation of noise that a defense is known to add to every entry; the
+        read-out estimates it from the empty bins when it is larger than told.
+
+    Returns:
+      :class:`Candidates`; possibly none.
+
+    Raises:
+      ValueError: the update's fully connected layer does not fit the plan.
+    """
+    _checks.non_negative(noise_std=noise_std)
+    convs, _, _ = attackable_layers(observation.victim)
+    height, width, _ = observation.victim.input_shape
+    layer = observation.update[plan.fc_name]
+    weight_gradient, bias_gradient = np.asarray(layer["kernel"]), np.asarray(layer["bias"])
+    num_features = convs[-1].features
+    expected = (height * width * num_features, plan.num_bins)
+    if weight_gradient.shape != expected or bias_gradient.shape != expected[1:]:
+        raise ValueError(
+            f"the update's layer {plan.fc_name!r} has shapes {weight_gradient.shape} and "
+            f"{bias_gradient.shape}, the plan reads {expected} and {expected[1:]}; was it made "
+            "with another model?"
+        )
+    g = bias_gradient.astype(np.float64)[plan.order]
+    differences = g - np.append(g[1:], 0.0)
+    gradient_noise = _gradient_noise(differences, noise_std)
+    rounding = 32 * _EPS * float(np.abs(g).max(initial=0.0))
+    floor = max(rounding, 4 * np.sqrt(2) * gradient_noise)
+    kept = np.flatnonzero(np.abs(differences) > floor)
+
+    num_passed = plan.kernel.shape[-1]
+    activations = np.empty((len(kept), height * width, num_passed))
+    largest = np.zeros(len(kept))
+    rows = weight_gradient.reshape(height * width, num_features, plan.num_bins)[:, :num_passed]
+    pixels = max(1, _ROWS_PER_CHUNK // num_passed)
+    for start in range(0, height * width, pixels):
+        chunk = slice(start, start + pixels)
+        upper, lower = _neighbours(rows[chunk], plan.order, kept)
+        largest = np.maximum(largest, np.abs(upper).max(axis=(0, 1), initial=0.0))
+        ratio = (upper - lower) / differences[kept]
+        activations[:, chunk] = np.moveaxis(ratio, -1, 0)
+
+    typical = np.sqrt(np.mean(activations**2, axis=(1, 2)))
+    noise = _readout_noise(largest, differences[kept], typical, gradient_noise)
+    q = np.einsum("jpf,pf->j", activations, plan.query.reshape(-1, num_passed).astype(float))
+    edges = np.append(plan.thresholds, np.inf)
+    slack = 1e-4 * np.abs(q) + 6 * noise * np.linalg.norm(plan.query)
+    in_bracket = (q > edges[kept] - slack) & (q <= edges[kept + 1] + slack)
+    lowest = activations.min(axis=(1, 2), initial=0.0)
+    return Candidates(
+        activations=activations.reshape(-1, height, width, num_passed),
+        bins=kept,
+        signals=differences[kept],
+        noise=noise,
+        in_bracket=in_bracket,
+        non_negative=lowest >= -10 * noise,
+        signal_floor=floor,
+    )
+
+
+def _gradient_noise(differences: np.ndarray, noise_std: float) -> float:
+    """Standard deviation of noise on one gradient entry, declared or seen in the empty bins.
+
+    Most bins are empty, so the median absolute difference is a robust estimate (zero in the
+    noise-free case). Where most bins are occupied it would measure signal; then it is not used.
+    """
+    seen = float(np.median(np.abs(differences))) / 0.6745 / np.sqrt(2)
+    if 4 * np.sqrt(2) * seen > 0.2 * float(np.abs(differences).max(initial=0.0)):
+        seen = 0.0
+    return max(seen, noise_std)
+
+
+def _neighbours(
+    rows: np.ndarray, order: np.ndarray, kept: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of neurons order[j] and order[j + 1] (zero past the last), float64."""
+    upper = rows[..., order[kept]].astype(np.float64)
+    lower = np.zeros_like(upper)
+    inner = kept < len(order) - 1
+    lower[..., inner] = rows[..., order[kept[inner] + 1]]
+    return upper, lower
+
+
+def _readout_noise(
+    largest: np.ndarray, signals: np.ndarray, typical: np.ndarray, gradient_noise: float
+) -> np.ndarray:
+    """Standard deviation of a candidate's entries, from rounding and from noise.
+
+    Rounding of a float32 sum of size G costs about eps * |G| before the division. Noise s on
+    every gradient entry costs ``sqrt(2) s sqrt(1 + h^2) / |signal|`` (first-order propagation
+    through the ratio).
+    """
+    rounding = _EPS * largest
+    added = np.sqrt(2) * gradient_noise * np.sqrt(1 + typical**2)
+    return (rounding + added) / np.abs(signals)

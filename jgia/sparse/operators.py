@@ -1,0 +1,124 @@
+"""Linear maps with adjoints, in a layout where the batch is the last axis.
+
+Images are stored as *planes* ``(C, H, W, J)``: channels first, batch last. A small convolution
+then is a handful of contiguous shifts around one matrix product, which XLA runs well inside a
+``while_loop`` on every backend (its CPU convolution does not), and the batch fills vector lanes.
+No operator here ever forms a matrix of image size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+Planes = Float[Array, "channels height width batch"]
+
+
+class ConvOperator(NamedTuple):
+    """Stride-1 convolution with zero padding (SAME), as a linear map with an adjoint.
+
+    ``(M x)[f, i, j] = sum_{a, b, c} kernel[a, b, c, f] * x[c, i + a - r, j + b - s]`` with
+    ``r, s`` half the (odd) kernel sides: the cross-correlation of ``flax.linen.Conv``.
+
+    Attributes:
+      kernel: (kh, kw, C, F) with odd kh and kw, as flax stores it.
+    """
+
+    kernel: Float[Array, "kh kw in_channels out_channels"]
+
+    def apply(self, x: Planes) -> Planes:
+        """``M x``: planes (C, H, W, J) to (F, H, W, J)."""
+        kh, kw, num_in, num_out = self.kernel.shape
+        _, height, width, batch = x.shape
+        patches = _shifts(x, kh, kw).reshape(kh * kw * num_in, -1)
+        matrix = self.kernel.reshape(-1, num_out)
+        return _dot(matrix.T, patches).reshape(num_out, height, width, batch)
+
+    def adjoint(self, y: Planes) -> Planes:
+        """``M^T y``: planes (F, H, W, J) to (C, H, W, J)."""
+        kh, kw, num_in, num_out = self.kernel.shape
+        _, height, width, batch = y.shape
+        matrix = self.kernel.reshape(-1, num_out)
+        patches = _dot(matrix, y.reshape(num_out, -1))
+        return _add_shifts(patches.reshape(kh, kw, num_in, height, width, batch))
+
+    def pixel_blocks(self, mask: Planes) -> Float[Array, "in in height width batch"]:
+        """Diagonal C x C block of ``M^T diag(mask) M`` at every pixel: (C, C, H, W, J)."""
+        kh, kw, num_in, num_out = self.kernel.shape
+        squares = self.kernel[:, :, :, None, :] * self.kernel[:, :, None, :, :]
+        blocks = ConvOperator(squares.reshape(kh, kw, num_in**2, num_out)).adjoint(mask)
+        return blocks.reshape(num_in, num_in, *mask.shape[1:])
+
+    def squared_norm_bound(self) -> Float[Array, ""]:
+        """Upper bound on the largest eigenvalue of ``M^T M`` for any image size.
+
+        The spectral norm of the kernel's frequency response is at most that of the sum of its
+        taps' norms; Young's inequality gives ``||M|| <= sum_{a,b} ||kernel[a, b]||_2``.
+        """
+        taps = self.kernel.reshape(-1, *self.kernel.shape[2:])
+        return jnp.sum(jnp.linalg.norm(taps, ord=2, axis=(1, 2))) ** 2
+
+
+def to_planes(images: Float[Array, "batch height width channels"]) -> Planes:
+    """(J, H, W, C) to (C, H, W, J)."""
+    return jnp.transpose(images, (3, 1, 2, 0))
+
+
+def from_planes(planes: Planes) -> Float[Array, "batch height width channels"]:
+    """(C, H, W, J) to (J, H, W, C)."""
+    return jnp.transpose(planes, (3, 1, 2, 0))
+
+
+def _dot(a: Array, b: Array) -> Array:
+    # Accelerators round to TF32/bfloat16 unless told not to; recovery needs every bit.
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
+
+
+def _shifts(x: Array, kh: int, kw: int) -> Array:
+    """(C, H, W, J) to (kh * kw, C, H, W, J): entry (a, b) is x moved by (a - r, b - s)."""
+    _, height, width, _ = x.shape
+    r, s = kh // 2, kw // 2
+    padded = jnp.pad(x, ((0, 0), (r, r), (s, s), (0, 0)))
+    return jnp.stack(
+        [padded[:, a : a + height, b : b + width] for a in range(kh) for b in range(kw)]
+    )
+
+
+def _add_shifts(patches: Array) -> Array:
+    """The adjoint of :func:`_shifts`: (kh, kw, C, H, W, J) to (C, H, W, J)."""
+    kh, kw, _, height, width, _ = patches.shape
+    zero = jnp.zeros((), patches.dtype)
+    total = sum(
+        lax.pad(
+            patches[a, b],
+            zero,
+            ((0, 0, 0), (a, kh - 1 - a, 0), (b, kw - 1 - b, 0), (0, 0, 0)),
+        )
+        for a in range(kh)
+        for b in range(kw)
+    )
+    r, s = kh // 2, kw // 2
+    return jnp.asarray(total)[:, r : r + height, s : s + width]
+
+
+def largest_eigenvalue(
+    key: Array, operator: ConvOperator, shape: tuple[int, int, int], *, num_iterations: int = 30
+) -> Float[Array, ""]:
+    """Power iteration for the largest eigenvalue of ``M^T M`` on images of ``shape`` (C, H, W).
+
+    The Rayleigh quotient approaches from below; multiply by a few percent before using it as a
+    step-size bound.
+    """
+
+    def step(v: Array, _: None) -> tuple[Array, None]:
+        v = operator.adjoint(operator.apply(v / jnp.linalg.norm(v.ravel())))
+        return v, None
+
+    start = jax.random.normal(key, (*shape, 1), operator.kernel.dtype)
+    v, _ = lax.scan(step, start, length=num_iterations)
+    v = v / jnp.linalg.norm(v.ravel())
+    return jnp.sum(operator.apply(v) ** 2)
