@@ -1,0 +1,74 @@
+"""Measure how much of federated-learning clients' data leaks through shared updates.
+
+Names are imported on first use, so that ``import jgia`` costs nothing until something runs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from jgia.audit import AuditOutcome as AuditOutcome
+    from jgia.audit import run_audit as run_audit
+    from jgia.config import AresOptions as AresOptions
+    from jgia.config import AuditConfig as AuditConfig
+    from jgia.config import ClientConfig as ClientConfig
+    from jgia.config import DataConfig as DataConfig
+    from jgia.config import ModelConfig as ModelConfig
+    from jgia.config import PerformanceFlags as PerformanceFlags
+    from jgia.data import Dataset as Dataset
+    from jgia.data import load_dataset as load_dataset
+    from jgia.federated import client_update as client_update
+    from jgia.federated import load_update as load_update
+    from jgia.federated import save_update as save_update
+    from jgia.metrics import score as score
+    from jgia.models import Victim as Victim
+    from jgia.models import make_victim as make_victim
+    from jgia.normalization import Normalization as Normalization
+    from jgia.observation import Observation as Observation
+    from jgia.observation import Reconstruction as Reconstruction
+    from jgia.observation import Status as Status
+    from jgia.observation import ThreatModel as ThreatModel
+    from jgia.observation import Truth as Truth
+    from jgia.report import write_report as write_report
+
+_EXPORTS = {
+    "AresOptions": "jgia.config",
+    "AuditConfig": "jgia.config",
+    "AuditOutcome": "jgia.audit",
+    "ClientConfig": "jgia.config",
+    "DataConfig": "jgia.config",
+    "Dataset": "jgia.data",
+    "ModelConfig": "jgia.config",
+    "Normalization": "jgia.normalization",
+    "Observation": "jgia.observation",
+    "PerformanceFlags": "jgia.config",
+    "Reconstruction": "jgia.observation",
+    "Status": "jgia.observation",
+    "ThreatModel": "jgia.observation",
+    "Truth": "jgia.observation",
+    "Victim": "jgia.models",
+    "client_update": "jgia.federated",
+    "load_dataset": "jgia.data",
+    "load_update": "jgia.federated",
+    "make_victim": "jgia.models",
+    "run_audit": "jgia.audit",
+    "save_update": "jgia.federated",
+    "score": "jgia.metrics",
+    "write_report": "jgia.report",
+}
+
+__all__ = ["__version__", *sorted(_EXPORTS)]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'jgia' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

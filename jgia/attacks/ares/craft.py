@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from scipy import special
 
-from jgia.attacks.ares.options import AresOptions
+from jgia.config import AresOptions
 from jgia.attacks.ares.plan import (
     Plan,
     attackable_layers,

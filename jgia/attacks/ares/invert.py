@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from jgia.attacks.ares.leak import Candidates
-from jgia.attacks.ares.options import AresOptions, PerformanceFlags
+from jgia.config import AresOptions, PerformanceFlags
 from jgia.attacks.ares.plan import Plan
 from jgia.models import Victim
 from jgia.observation import Reconstruction, Status

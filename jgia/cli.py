@@ -1,0 +1,229 @@
+"""The command line: ``jgia audit``, ``jgia craft``, ``jgia attack``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from jgia._io import require_writable_folder
+from jgia.config import AttackConfig, AuditConfig, CraftConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from jgia.audit import AuditOutcome
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Audit:
+    """Measure how much of a client's images one shared update gives away.
+
+    Loads images, lets a malicious server craft the model's parameters, simulates one client
+    update on a private batch, runs the attack on that update alone, scores the result against
+    the private images, and writes report.html, result.json, reconstructions.npz and grid.png.
+
+    With no options it audits 32 sample images that ship with the package, in about a minute.
+    """
+
+    config: AuditConfig = AuditConfig()
+
+    out: Path = Path("jgia-report")
+    """Folder for the report; made if it is missing."""
+
+    save_update: Path | None = None
+    """Also write the client's update to this .npz or .safetensors file."""
+
+    json: bool = False
+    """Print result.json to standard output instead of the table."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Craft:
+    """Write the parameters a malicious server would send, to try on your own client.
+
+    Your framework loads them, computes one update on its own images, and `jgia attack` reads
+    that update. Parameters come in this library's layout or in PyTorch's.
+    """
+
+    config: CraftConfig = CraftConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Attack:
+    """Attack an update that was computed elsewhere on parameters from `jgia craft`."""
+
+    config: AttackConfig
+
+
+_Command = (
+    Annotated[Audit, tyro.conf.subcommand("audit")]
+    | Annotated[Craft, tyro.conf.subcommand("craft")]
+    | Annotated[Attack, tyro.conf.subcommand("attack")]
+)
+
+_DESCRIPTION = (
+    "jgia measures how much of federated-learning clients' data leaks through the updates they "
+    "share. Use it on clients you own or are allowed to audit."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    0 after a finished run (whatever was or was not recovered), 2 for bad input with one clear
+    line on standard error, 130 after Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    command = tyro.cli(
+        _Command,  # pyright: ignore[reportArgumentType]
+        prog="jgia",
+        description=_DESCRIPTION,
+        args=argv,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    try:
+        return _run(command, argv)
+    except KeyboardInterrupt:
+        print("interrupted; earlier results are as they were", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(command: Any, argv: list[str]) -> int:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if isinstance(command, Audit):
+        return _audit(command, argv, console)
+    if isinstance(command, Craft):
+        return _craft(command.config, console)
+    return _attack(command.config, argv, console)
+
+
+def _audit(command: Audit, argv: list[str], console: Console) -> int:
+    if command.save_update is not None and command.save_update.suffix not in (
+        ".npz",
+        ".safetensors",
+    ):
+        raise ValueError(
+            f"--save-update needs a .npz or .safetensors file, got {str(command.save_update)!r}."
+        )
+    require_writable_folder(command.out)
+    from jgia.audit import reproduce_command, run_audit
+
+    with _StageProgress(console) as progress:
+        outcome = run_audit(
+            command.config, command=reproduce_command(argv), progress=progress.update
+        )
+        if command.save_update is not None:
+            from jgia.federated import save_update
+
+            save_update(command.save_update, outcome.observation.update)
+        progress.update("writing the report", 0, 1)
+        paths = _write(command.out, outcome)
+    _show(outcome, paths, as_json=command.json)
+    return 0
+
+
+def _craft(config: CraftConfig, console: Console) -> int:
+    require_writable_folder(config.out)
+    from jgia.exchange import write_crafted
+
+    with _StageProgress(console) as progress:
+        progress.update("crafting parameters", 0, 1)
+        paths = write_crafted(config)
+    for path in paths:
+        print(path)
+    return 0
+
+
+def _attack(config: AttackConfig, argv: list[str], console: Console) -> int:
+    require_writable_folder(config.out)
+    from jgia.audit import reproduce_command
+    from jgia.exchange import attack_update
+
+    with _StageProgress(console) as progress:
+        outcome = attack_update(config, command=reproduce_command(argv), progress=progress.update)
+        paths = _write(config.out, outcome)
+    _show(outcome, paths, as_json=config.json)
+    return 0
+
+
+def _write(folder: Path, outcome: AuditOutcome) -> dict[str, Path]:
+    import numpy as np
+
+    from jgia.report import write_report
+
+    reconstruction, truth = outcome.reconstruction, outcome.truth
+    return write_report(
+        folder,
+        outcome.result,
+        originals=None if truth is None else np.asarray(truth.images),
+        reconstructions=np.asarray(reconstruction.images),
+        scores=np.asarray(reconstruction.scores),
+        statuses=[str(status) for status in reconstruction.statuses],
+        labels=outcome.captions,
+    )
+
+
+def _show(outcome: AuditOutcome, paths: dict[str, Path], *, as_json: bool) -> None:
+    if as_json:
+        from jgia.report import to_json
+
+        sys.stdout.write(to_json(outcome.result))
+        return
+    from rich.console import Console
+
+    from jgia.report import print_summary
+
+    print_summary(Console(), outcome.result, paths)
+
+
+class _StageProgress:
+    """A rich progress line per stage, on standard error; silent when that is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
+
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._stage: str | None = None
+        self._task: Any = None
+
+    def __enter__(self) -> _StageProgress:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Show ``done`` of ``total`` steps of a stage; a new stage finishes the last one."""
+        if stage != self._stage:
+            if self._task is not None:
+                self._progress.update(self._task, completed=self._total)
+            self._stage, self._task = stage, self._progress.add_task(stage, total=total)
+        self._total = total
+        self._progress.update(self._task, completed=done)

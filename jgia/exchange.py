@@ -1,0 +1,199 @@
+"""Crafted parameters out to a file, a client's update back in: audits of other frameworks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jgia._clock import StageClock
+from jgia._io import atomic_write_bytes
+from jgia.attacks import ares
+from jgia.audit import AuditOutcome, Progress, assemble_result, build_victim, plain
+from jgia.config import AttackConfig, CraftConfig, ModelConfig
+from jgia.data import Dataset, load_dataset
+from jgia.federated import UpdateError, load_params, load_update, save_update
+from jgia.metrics import score
+from jgia.models import Victim, make_victim
+from jgia.normalization import Normalization
+from jgia.observation import ThreatModel, Truth
+
+_FORMAT = "jgia-crafted-1"
+_MAX_DESCRIPTION_BYTES = 16 << 20
+
+
+def write_crafted(config: CraftConfig) -> list[Path]:
+    """Craft parameters on public images and write ``params.*`` and ``victim.json``.
+
+    Raises:
+      ValueError: data or model do not fit the attack.
+    """
+    public = _public_part(load_dataset(
+        config.data.data,
+        image_size=config.data.image_size,
+        download=config.data.download,
+        data_dir=config.data.data_dir,
+        limit=config.data.limit,
+    ), config.data.num_public, config.seed)
+    victim = build_victim(config.model, public, public, normalize=config.data.normalize)
+    pixels, _ = public.take(np.arange(len(public)))
+    params, plan = ares.craft(
+        jax.random.key(config.seed), victim, pixels, options=config.ares
+    )
+    params_path = config.out / f"params.{config.format}"
+    save_update(params_path, params, layout=config.layout, victim=victim)
+    description = {
+        "format": _FORMAT,
+        "params": params_path.name,
+        "layout": config.layout,
+        "model": config.model.model,
+        "widths": config.model.widths,
+        "fc_width": config.model.fc_width,
+        "input_shape": victim.input_shape,
+        "num_classes": victim.num_classes,
+        "normalization": {
+            "mean": victim.normalization.mean,
+            "std": victim.normalization.std,
+        },
+        "public_data": public.provenance,
+        "num_public": len(public),
+        "bin_masses": None if plan.bin_masses is None else plan.bin_masses.tolist(),
+    }
+    victim_path = config.out / "victim.json"
+    atomic_write_bytes(victim_path, (json.dumps(description) + "\n").encode())
+    return [params_path, victim_path]
+
+
+def attack_update(
+    config: AttackConfig, *, command: str = "jgia attack", progress: Progress | None = None
+) -> AuditOutcome:
+    """Attack an update file that was computed on crafted parameters.
+
+    Raises:
+      ValueError: a file is missing, damaged, or does not fit the model.
+    """
+    report = progress or (lambda stage, done, total: None)
+    clock = StageClock()
+    report("reading the update", 0, 1)
+    with clock.stage("setup_s"):
+        description = _read_description(config.crafted / "victim.json")
+        victim = _victim(description)
+        params = load_params(
+            config.crafted / description["params"], victim, layout=description["layout"]
+        )
+        threat = ThreatModel(
+            protocol=config.protocol, public_data=str(description["public_data"])
+        )
+        observation = load_update(
+            config.update, victim, params, threat_model=threat, layout=config.layout
+        )
+        truth = _truth(config.truth, victim)
+    with clock.stage("leak_s"):
+        plan = ares.read_plan(victim, params)
+        candidates = ares.leak(observation, plan)
+    report("inverting activations", 0, max(1, len(candidates)))
+    with clock.stage("invert_s"):
+        reconstruction = ares.invert(
+            jax.random.key(config.seed),
+            candidates,
+            plan,
+            victim,
+            options=config.ares,
+            performance=config.performance,
+            progress=lambda done: report("inverting activations", done, max(1, len(candidates))),
+        )
+    scores = None
+    if truth is not None:
+        with clock.stage("score_s"):
+            scores = score(reconstruction.images, truth.images, seed=config.seed)
+    result = assemble_result(
+        command=command,
+        config=plain(config),
+        seed=config.seed,
+        clock=clock,
+        dataset=None,
+        num_public=int(description["num_public"]),
+        victim=victim,
+        threat_model=threat,
+        attack_name="ares",
+        reconstruction=reconstruction,
+        expected=None,
+        scores=scores,
+    )
+    return AuditOutcome(
+        result=result, reconstruction=reconstruction, truth=truth, observation=observation
+    )
+
+
+def _public_part(dataset: Dataset, num_public: int, seed: int) -> Dataset:
+    rows = np.arange(len(dataset))
+    if dataset.public is not None:
+        rows = rows[dataset.public]
+    rows = np.random.default_rng(seed).permutation(rows)[:num_public]
+    return dataset.subset(np.sort(rows))
+
+
+def _read_description(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _MAX_DESCRIPTION_BYTES:
+            raise UpdateError(f"{path} is too large to be a victim description.")
+        description = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise UpdateError(
+            f"cannot read {path} ({error.strerror}); --crafted needs a folder from 'jgia craft'."
+        ) from error
+    except ValueError as error:
+        if isinstance(error, UpdateError):
+            raise
+        raise UpdateError(f"{path} is not valid JSON; run 'jgia craft' again.") from error
+    if not isinstance(description, dict) or description.get("format") != _FORMAT:
+        raise UpdateError(f"{path} is not a {_FORMAT} description; run 'jgia craft' again.")
+    return description
+
+
+def _victim(description: dict[str, Any]) -> Victim:
+    try:
+        widths = description["widths"]
+        model = ModelConfig(
+            model=description["model"],
+            widths=None if widths is None else tuple(int(w) for w in widths),
+            fc_width=int(description["fc_width"]),
+        )
+        height, width, channels = (int(n) for n in description["input_shape"])
+        normalization = Normalization(
+            tuple(float(m) for m in description["normalization"]["mean"]),
+            tuple(float(s) for s in description["normalization"]["std"]),
+        )
+        if Path(description["params"]).name != description["params"]:
+            raise ValueError("'params' must be a file beside victim.json")
+        description["public_data"], int(description["num_public"])
+        if description["layout"] not in ("flax", "torch"):
+            raise ValueError("'layout' must be flax or torch")
+        return make_victim(
+            model.model,
+            input_shape=(height, width, channels),
+            num_classes=int(description["num_classes"]),
+            normalization=normalization,
+            widths=model.widths,
+            fc_width=model.fc_width,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateError(
+            f"victim.json is damaged ({type(error).__name__}: {error}); run 'jgia craft' again."
+        ) from error
+
+
+def _truth(spec: str | None, victim: Victim) -> Truth | None:
+    if spec is None:
+        return None
+    dataset = load_dataset(spec)
+    if dataset.image_shape != victim.input_shape:
+        raise ValueError(
+            f"the true images have shape {dataset.image_shape}, the model takes "
+            f"{victim.input_shape}."
+        )
+    images, labels = dataset.take(np.arange(len(dataset)))
+    return Truth(images=images, labels=labels)
