@@ -30,7 +30,7 @@ class Audit:
     With no options it audits 32 sample images that ship with the package, in about a minute.
     """
 
-    config: AuditConfig = AuditConfig()
+    config: AuditConfig = dataclasses.field(default_factory=AuditConfig)
 
     out: Path = Path("jgia-report")
     """Folder for the report; made if it is missing."""
@@ -50,7 +50,7 @@ class Craft:
     that update. Parameters come in this library's layout or in PyTorch's.
     """
 
-    config: CraftConfig = CraftConfig()
+    config: CraftConfig = dataclasses.field(default_factory=CraftConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

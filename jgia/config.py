@@ -184,11 +184,11 @@ class ClientConfig:
 class AuditConfig:
     """One audit: whose data, which model, which round, which attack."""
 
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    client: ClientConfig = ClientConfig()
-    ares: AresOptions = AresOptions()
-    performance: PerformanceFlags = PerformanceFlags()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
+    ares: AresOptions = dataclasses.field(default_factory=AresOptions)
+    performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
 
     attack: AttackName = "ares"
     """The attack to run."""
@@ -213,9 +213,9 @@ class AuditConfig:
 class CraftConfig:
     """Parameters that a malicious server would send, written to a file."""
 
-    data: DataConfig = DataConfig()
-    model: ModelConfig = ModelConfig()
-    ares: AresOptions = AresOptions()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    ares: AresOptions = dataclasses.field(default_factory=AresOptions)
 
     seed: int = 0
     """Decides filters, query and head."""
@@ -249,8 +249,8 @@ class AttackConfig:
     truth: str | None = None
     """Data specification of the client's images, if they are known, to score against."""
 
-    ares: AresOptions = AresOptions()
-    performance: PerformanceFlags = PerformanceFlags()
+    ares: AresOptions = dataclasses.field(default_factory=AresOptions)
+    performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
 
     seed: int = 0
     """Decides the rank probe."""

@@ -31,18 +31,20 @@ def write_crafted(config: CraftConfig) -> list[Path]:
     Raises:
       ValueError: data or model do not fit the attack.
     """
-    public = _public_part(load_dataset(
-        config.data.data,
-        image_size=config.data.image_size,
-        download=config.data.download,
-        data_dir=config.data.data_dir,
-        limit=config.data.limit,
-    ), config.data.num_public, config.seed)
+    public = _public_part(
+        load_dataset(
+            config.data.data,
+            image_size=config.data.image_size,
+            download=config.data.download,
+            data_dir=config.data.data_dir,
+            limit=config.data.limit,
+        ),
+        config.data.num_public,
+        config.seed,
+    )
     victim = build_victim(config.model, public, public, normalize=config.data.normalize)
     pixels, _ = public.take(np.arange(len(public)))
-    params, plan = ares.craft(
-        jax.random.key(config.seed), victim, pixels, options=config.ares
-    )
+    params, plan = ares.craft(jax.random.key(config.seed), victim, pixels, options=config.ares)
     params_path = config.out / f"params.{config.format}"
     save_update(params_path, params, layout=config.layout, victim=victim)
     description = {
@@ -84,9 +86,7 @@ def attack_update(
         params = load_params(
             config.crafted / description["params"], victim, layout=description["layout"]
         )
-        threat = ThreatModel(
-            protocol=config.protocol, public_data=str(description["public_data"])
-        )
+        threat = ThreatModel(protocol=config.protocol, public_data=str(description["public_data"]))
         observation = load_update(
             config.update, victim, params, threat_model=threat, layout=config.layout
         )

@@ -78,6 +78,10 @@ class ThreatModel:
         _checks.one_of(("malicious", "honest_but_curious"), server=self.server)
         _checks.one_of(("fedsgd", "fedavg"), protocol=self.protocol)
         _checks.at_least(1, local_steps=self.local_steps)
+        if self.local_learning_rate is not None:
+            _checks.positive(local_learning_rate=self.local_learning_rate)
+        if self.num_examples is not None:
+            _checks.at_least(1, num_examples=self.num_examples)
         if self.protocol == "fedsgd" and self.local_steps != 1:
             raise ValueError(
                 f"protocol='fedsgd' shares one gradient, got local_steps={self.local_steps}; "
@@ -130,17 +134,13 @@ class Observation:
           An observation whose ``update`` is a pytree of float arrays.
 
         Raises:
-          ValueError: an array is missing, extra, mis-shaped, not floating point, or not finite;
-            the message names it and says what was expected.
+          ValueError: an array is missing, extra, mis-shaped, not floating point, or not finite,
+            or ``params`` do not have the model's names and shapes; the message names the array
+            and says what was expected.
         """
-        expected = flatten_params(victim.param_shapes())
-        _match_names(arrays, expected)
-        checked = {
-            name: _check_array(name, arrays[name], tuple(leaf.shape))
-            for name, leaf in expected.items()
-        }
+        check_params(params, victim)
         return cls(
-            update=unflatten_params(checked),
+            update=checked_tree(arrays, victim),
             params=params,
             victim=victim,
             threat_model=threat_model or ThreatModel(),
@@ -185,22 +185,62 @@ class Reconstruction:
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def _match_names(arrays: Mapping[str, np.ndarray], expected: Mapping[str, Any]) -> None:
+def checked_tree(arrays: Mapping[str, np.ndarray], victim: Victim) -> PyTree:
+    """A flat mapping of arrays as a pytree, once names, shapes, dtypes and values fit the model.
+
+    Raises:
+      ValueError: as :meth:`Observation.from_arrays`.
+    """
+    expected = flatten_params(victim.param_shapes())
+    _match_names(arrays, expected, "the update does not")
+    return unflatten_params(
+        {
+            name: check_array(name, arrays[name], tuple(leaf.shape))
+            for name, leaf in expected.items()
+        }
+    )
+
+
+def check_params(params: PyTree, victim: Victim) -> None:
+    """Compare the names and shapes of parameters with the model's; values are not looked at.
+
+    Raises:
+      ValueError: a parameter is missing, extra or mis-shaped.
+    """
+    expected = flatten_params(victim.param_shapes())
+    given = flatten_params(params)
+    _match_names(given, expected, "the parameters do not")
+    for name, leaf in expected.items():
+        _check_shape(f"parameter {name}", np.shape(given[name]), tuple(leaf.shape))
+
+
+def _match_names(arrays: Mapping[str, Any], expected: Mapping[str, Any], subject: str) -> None:
     missing = sorted(set(expected) - set(arrays))
     extra = sorted(set(arrays) - set(expected))
     if missing or extra:
         parts = []
         if missing:
             parts.append(f"missing {', '.join(missing)}")
-        if extra:
-            parts.append(f"not in the model: {', '.join(extra)}")
+        if extra:  # may come from a file: escape, shorten, and list a few
+            shown = ", ".join(ascii(name[:60]) for name in extra[:5])
+            more = f" and {len(extra) - 5} more" if len(extra) > 5 else ""
+            parts.append(f"not in the model: {shown}{more}")
         raise ValueError(
-            f"the update does not fit the model ({'; '.join(parts)}). Expected exactly "
+            f"{subject} fit the model ({'; '.join(parts)}). Expected exactly "
             f"{', '.join(sorted(expected))}; was it computed with another model?"
         )
 
 
-def _check_array(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+def _check_shape(name: str, got: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    if got != expected:
+        hint = ""
+        if sorted(got) == sorted(expected):
+            hint = " The axes look permuted: convert with from_torch_layout (--layout torch)."
+        raise ValueError(f"{name} must have shape {expected}, got {got}.{hint}")
+
+
+def check_array(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """One array of an update: float32 or float64, of ``shape``, finite; else ``ValueError``."""
     array = np.asarray(value)
     if array.dtype not in (np.float32, np.float64):
         raise ValueError(
@@ -208,13 +248,9 @@ def _check_array(name: str, value: np.ndarray, shape: tuple[int, ...]) -> np.nda
             "differences that half precision and integers cannot hold; export the update in "
             "float32."
         )
-    if array.shape != shape:
-        hint = ""
-        if sorted(array.shape) == sorted(shape):
-            hint = " The axes look permuted: convert with from_torch_layout (--layout torch)."
-        raise ValueError(f"{name} must have shape {shape}, got {array.shape}.{hint}")
+    _check_shape(name, array.shape, shape)
     if not np.all(np.isfinite(array)):
-        bad = int(np.size(array) - np.count_nonzero(np.isfinite(array)))
+        bad = int(array.size - np.count_nonzero(np.isfinite(array)))
         raise ValueError(
             f"{name} has {bad} NaN or infinite entries of {array.size}; the update is unusable. "
             "Check the client's training (learning rate, mixed precision) and export it again."

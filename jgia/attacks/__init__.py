@@ -1,0 +1,1 @@
+"""Attacks: an observation in, a reconstruction out. Nothing here may see the truth."""

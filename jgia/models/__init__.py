@@ -1,7 +1,7 @@
 """Victim models: flax.linen modules behind one frozen description, ``Victim``."""
 
-from jgia.models.convnet import ConvNet
 from jgia.models.cnn import CNN
+from jgia.models.convnet import ConvNet
 from jgia.models.lenet import LeNet
 from jgia.models.mlp import MLP
 from jgia.models.victim import (

@@ -30,7 +30,24 @@ class ConvNet(nn.Module):
         for i, width in enumerate(self.channels, start=1):
             x = nn.Conv(width, (3, 3), padding="SAME", name=f"conv{i}")(x)
             if self.groups:
-                x = nn.GroupNorm(num_groups=self.groups, name=f"norm{i}")(x)
-            x = nn.avg_pool(nn.relu(x), (2, 2), strides=(2, 2))
+                x = nn.GroupNorm(
+                    self.groups,
+                    epsilon=1e-5,  # PyTorch's default, so that exchanged models agree
+                    use_fast_variance=False,  # the fast form cancels
+                    force_float32_reductions=False,  # float64 in, float64 throughout
+                    param_dtype=x.dtype,
+                    name=f"norm{i}",
+                )(x)
+            x = _average_pool(nn.relu(x))
         x = x.reshape((x.shape[0], -1))
         return nn.Dense(self.num_classes, name="head")(x)
+
+
+def _average_pool(x: Array) -> Array:
+    """Means of 2x2 windows; an odd last row or column is dropped.
+
+    Flax's ``avg_pool`` divides by an integer array, which strict dtype promotion refuses.
+    """
+    batch, height, width, channels = x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3]
+    x = x[:, : 2 * height, : 2 * width]
+    return x.reshape(batch, height, 2, width, 2, channels).mean(axis=(2, 4))

@@ -63,6 +63,16 @@ class Victim:
     normalization: Normalization
     name: str = "custom"
 
+    def __post_init__(self) -> None:
+        try:
+            hash(self)
+        except TypeError as error:
+            raise ValueError(
+                f"the attributes of {type(self.module).__name__}, and input_shape, must be "
+                "hashable (tuples, not lists): the victim is a static argument of compiled "
+                "functions."
+            ) from error
+
     def init(self, key: Array) -> PyTree:
         """Random benign parameters, as an honest server would start with."""
         return self.module.init(key, jax.numpy.zeros((1, *self.input_shape), "float32"))["params"]
@@ -155,6 +165,10 @@ def make_victim(
     _checks.one_of(("cnn", "mlp", "lenet", "convnet"), name=name)
     _checks.at_least(2, num_classes=num_classes)
     _checks.at_least(1, fc_width=fc_width)
+    if len(input_shape) != 3:
+        raise ValueError(f"input_shape must be (height, width, channels), got {input_shape}.")
+    if widths is not None and not widths:
+        raise ValueError("widths must name at least one layer; leave it out for the default.")
     for size in (*input_shape, *(widths or ())):
         _checks.at_least(1, **{"every size of the model": size})
     norm = normalization or Normalization.identity(input_shape[-1])
@@ -169,8 +183,10 @@ def make_victim(
     elif name == "mlp":
         module = MLP(widths or (1024,), num_classes)
     elif name == "lenet":
-        module = LeNet(num_classes) if widths is None else LeNet(
-            num_classes, widths, (2, 2, *(1,) * (len(widths) - 2))[: len(widths)]
+        module = (
+            LeNet(num_classes)
+            if widths is None
+            else LeNet(num_classes, widths, (2, 2, *(1,) * (len(widths) - 2))[: len(widths)])
         )
     else:
         module = ConvNet(widths or (32, 64, 128), num_classes=num_classes)
@@ -178,6 +194,11 @@ def make_victim(
             raise ValueError(
                 f"convnet halves the image {len(module.channels)} times; "
                 f"{input_shape[:2]} is too small."
+            )
+        if any(width % module.groups for width in module.channels):
+            raise ValueError(
+                f"convnet normalizes in {module.groups} groups, so every width must be a multiple "
+                f"of {module.groups}; got {tuple(module.channels)}."
             )
     return Victim(module, input_shape, num_classes, norm, name)
 

@@ -27,8 +27,9 @@ class BlockDCT(NamedTuple):
 
     def analyze(self, x: Planes) -> Planes:
         """Coefficients ``Psi^T x`` of planes (C, H, W, J); same shape."""
-        return _blockwise(_blockwise(_rotate(x, inverse=False), 1, self.block, False), 2,
-                          self.block, False)
+        return _blockwise(
+            _blockwise(_rotate(x, inverse=False), 1, self.block, False), 2, self.block, False
+        )
 
     def synthesize(self, coefficients: Planes) -> Planes:
         """Images ``Psi c``; the inverse and the adjoint of :meth:`analyze`."""

@@ -65,8 +65,8 @@ def masked_lasso(
     y: Planes,
     mask: Bool[Array, "channels height width batch"],
     *,
-    basis: BlockDCT = BlockDCT(),
-    options: LassoOptions = LassoOptions(),
+    basis: BlockDCT | None = None,
+    options: LassoOptions | None = None,
     step_bound: Float[Array, ""] | None = None,
 ) -> LassoResult:
     """Minimize ``f(M Psi c) + lam ||c||_1`` for a decreasing sequence of lam; ``x = Psi c``.
@@ -80,7 +80,7 @@ def masked_lasso(
       operator: linear map M.
       y: (F, H, W, J) data; ignored outside the mask.
       mask: (F, H, W, J) active equations.
-      basis: orthonormal synthesis basis Psi.
+      basis: orthonormal synthesis basis Psi; 8x8 blocks when left out.
       options: continuation and iteration counts.
       step_bound: upper bound on the largest eigenvalue of ``M^T M``; computed from the kernel
         when left out.
@@ -94,6 +94,7 @@ def masked_lasso(
     Guarantees: a fixed number of steps, so ``jit``, ``vmap`` and ``grad`` pass through (the
       derivative is that of the unrolled iteration).
     """
+    basis, options = basis or BlockDCT(), options or LassoOptions()
     if y.shape != mask.shape:
         raise ValueError(f"y and mask must have one shape, got {y.shape} and {mask.shape}.")
     finite = jnp.all(jnp.isfinite(y) | ~mask, axis=(0, 1, 2))
@@ -167,7 +168,10 @@ def _certificate(
     (outside the mask nu >= 0 by construction), and s is the largest factor <= 1 for which
     ``|Psi^T M^T nu|_inf <= lam``.
     """
-    total = lambda a: jnp.sum(a, axis=(0, 1, 2))  # noqa: E731
+
+    def total(a: Array) -> Array:
+        return jnp.sum(a, axis=(0, 1, 2))
+
     hinge = total(((1 - weight) * jnp.maximum(u, 0)) ** 2) if one_sided else 0
     fit = total((weight * u - data) ** 2)
     objective = (fit + hinge) / 2 + lam * total(jnp.abs(c))
@@ -180,5 +184,3 @@ def _certificate(
 
 def _soft_threshold(x: Array, lam: Array) -> Array:
     return jnp.sign(x) * jnp.maximum(jnp.abs(x) - lam, 0)
-
-

@@ -102,9 +102,7 @@ class _Limits(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(
-    limits: _Limits, operator: ConvOperator, y: Array, mask: Array
-) -> LeastSquaresResult:
+def _solve(limits: _Limits, operator: ConvOperator, y: Array, mask: Array) -> LeastSquaresResult:
     weight = mask.astype(y.dtype)
     precondition = block_preconditioner(operator, weight)
     finite = jnp.all(jnp.isfinite(y) | ~mask, axis=(0, 1, 2))
@@ -124,9 +122,7 @@ def _solve(
         residual = data - weight * operator.apply(x) if number else data
         too_large = _inner(residual, residual) > limits.abandon_residual**2 * norm_squared
         goal_now = jnp.where(too_large, jnp.inf, goal) if number else goal
-        dx, used = _cgls(
-            operator, precondition, weight, residual, goal_now, limits.max_iterations
-        )
+        dx, used = _cgls(operator, precondition, weight, residual, goal_now, limits.max_iterations)
         x, iterations = x + dx, iterations + used
 
     residual = data - weight * operator.apply(x)
@@ -326,6 +322,4 @@ def _invert_unrolled(a: list[list[Array]]) -> list[list[Array]]:
                 factor = a[k][i]
                 a[k] = [u - factor * v for u, v in zip(a[k], a[i], strict=True)]
                 inverse[k] = [u - factor * v for u, v in zip(inverse[k], inverse[i], strict=True)]
-    return [
-        [(inverse[i][j] + inverse[j][i]) / 2 for j in range(num)] for i in range(num)
-    ]
+    return [[(inverse[i][j] + inverse[j][i]) / 2 for j in range(num)] for i in range(num)]

@@ -4,13 +4,13 @@ from jgia.attacks.ares.attack import attack
 from jgia.attacks.ares.craft import craft, fit_thresholds, query_features
 from jgia.attacks.ares.invert import Inversion, invert, solve_candidates
 from jgia.attacks.ares.leak import Candidates, leak
-from jgia.config import AresOptions, PerformanceFlags
 from jgia.attacks.ares.plan import Plan, attackable_layers, read_plan
 from jgia.attacks.ares.theory import (
     expected_singletons,
     rtf_bound,
     singleton_standard_deviation,
 )
+from jgia.config import AresOptions, PerformanceFlags
 
 __all__ = [
     "AresOptions",

@@ -8,8 +8,8 @@ from jax import Array
 
 from jgia.attacks.ares.invert import invert
 from jgia.attacks.ares.leak import leak
-from jgia.config import AresOptions, PerformanceFlags
 from jgia.attacks.ares.plan import Plan, read_plan
+from jgia.config import AresOptions, PerformanceFlags
 from jgia.observation import Observation, Reconstruction
 
 

@@ -11,7 +11,6 @@ import numpy as np
 from jax import Array
 from scipy import special
 
-from jgia.config import AresOptions
 from jgia.attacks.ares.plan import (
     Plan,
     attackable_layers,
@@ -19,6 +18,7 @@ from jgia.attacks.ares.plan import (
     num_passed_channels,
     signed_kernel,
 )
+from jgia.config import AresOptions
 from jgia.models import Conv, Victim
 from jgia.sparse import ConvOperator, to_planes
 
@@ -180,9 +180,7 @@ def _check_calibration(calibration: np.ndarray, victim: Victim) -> np.ndarray:
             f"thresholds need at least {_MIN_CALIBRATION} public calibration images, "
             f"got {len(images)}."
         )
-    if not np.issubdtype(images.dtype, np.floating) or not np.all(
-        (images >= 0) & (images <= 1)
-    ):
+    if not np.issubdtype(images.dtype, np.floating) or not np.all((images >= 0) & (images <= 1)):
         raise ValueError("calibration images must be finite floats in [0, 1].")
     return images
 
@@ -259,7 +257,7 @@ def _identical_columns(query: np.ndarray, num_features: int, num_neurons: int) -
 
 
 def _head_directions(key: Array, num_classes: int) -> np.ndarray:
-    """u with entries +-1, as balanced as can be, in random order: never constant.
+    """U with entries +-1, as balanced as can be, in random order: never constant.
 
     The signal of an example is ``E_p[u] - u_label``, at least ``1 - 1/C`` in size for uniform
     predictions, whatever its label.

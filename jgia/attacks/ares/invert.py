@@ -1,4 +1,4 @@
-"""Invert leaked activations to images: least squares where determined, sparse recovery where not."""
+"""Invert leaked activations: least squares where determined, sparse recovery where not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 
 from jgia.attacks.ares.leak import Candidates
-from jgia.config import AresOptions, PerformanceFlags
 from jgia.attacks.ares.plan import Plan
+from jgia.config import AresOptions, PerformanceFlags
 from jgia.models import Victim
 from jgia.observation import Reconstruction, Status
 from jgia.sparse import (
@@ -165,9 +165,7 @@ def solve_candidates(
     return total
 
 
-def default_microbatch(
-    image_shape: tuple[int, int, int], kernel_shape: tuple[int, ...]
-) -> int:
+def default_microbatch(image_shape: tuple[int, int, int], kernel_shape: tuple[int, ...]) -> int:
     """Candidates solved at once: a power of two that keeps the patches in cache or memory."""
     height, width, channels = image_shape
     patch_bytes = 4 * height * width * channels * kernel_shape[0] * kernel_shape[1]
@@ -275,9 +273,7 @@ def _subtract_pairs(num: int, y: Array, mask: Array) -> tuple[Array, Array, Arra
     return plus - minus, residual, jnp.ones(plus.shape, bool)
 
 
-def _statuses(
-    candidates: Candidates, inversion: Inversion, options: AresOptions
-) -> list[Status]:
+def _statuses(candidates: Candidates, inversion: Inversion, options: AresOptions) -> list[Status]:
     """The single-sample tests, one verdict per candidate."""
     flat = candidates.activations.reshape(len(candidates), -1)
     scale = np.sqrt(np.mean(flat**2, axis=1)) if len(candidates) else np.zeros(0)

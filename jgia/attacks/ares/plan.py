@@ -74,9 +74,7 @@ def attackable_layers(victim: Victim) -> tuple[tuple[Conv, ...], Dense, Dense]:
     fc, head = dense
     for layer in (*convs, fc):
         if layer.activation != "relu":
-            raise refuse(
-                f"layer {layer.name} ends in {layer.activation}; reading bins needs ReLU"
-            )
+            raise refuse(f"layer {layer.name} ends in {layer.activation}; reading bins needs ReLU")
     for conv in convs:
         if conv.stride != 1 or conv.pooled:
             raise refuse(f"layer {conv.name} strides or pools, which is not supported")

@@ -1,0 +1,233 @@
+"""The honest client: local training on private examples, and what it shares afterwards."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+from jaxtyping import PRNGKeyArray
+
+from jgia.config import ClientConfig
+from jgia.models import Victim, flatten_params
+from jgia.observation import Observation, ThreatModel, check_params
+
+PyTree = Any
+
+
+class ClientError(ValueError):
+    """Local training left the finite numbers: there is nothing honest to share."""
+
+
+def client_update(
+    key: PRNGKeyArray,
+    victim: Victim,
+    params: PyTree,
+    images: ArrayLike,
+    labels: ArrayLike,
+    config: ClientConfig = ClientConfig(),
+) -> Observation:
+    r"""What an honest client shares after one round, as the attacker will see it.
+
+    With the mean cross-entropy ``L(theta; x, y)`` of the victim, FedSGD shares
+    ``grad L(theta; x, y)`` over all examples. FedAvg runs ``theta_{t+1} = theta_t +
+    optimizer(grad L(theta_t; x_b, y_b))`` over ``local_epochs`` passes of minibatches ``b`` and
+    shares ``theta_T - theta_0``, rounded as a client would round it.
+
+    Args:
+      key: random key; decides the order of the examples and nothing else. Unused when no order
+        matters (FedSGD, ``shuffle=False``, or one minibatch that holds everything).
+      victim: the model that client and server train.
+      params: what the server sent; floating point of one dtype. The computation runs in it.
+      images: (B, H, W, C) floating-point pixels in [0, 1], (H, W, C) as ``victim.input_shape``.
+      labels: (B,) integers in [0, num_classes).
+      config: protocol and local optimizer.
+
+    Returns:
+      The observation of a malicious server that knows the protocol, the number of steps and of
+      examples, and (FedAvg) the learning rate. Narrow what the attacker knows with
+      ``dataclasses.replace``.
+
+    Raises:
+      ValueError: images, labels or parameters do not fit the model; nothing was computed.
+      ClientError: the gradient or the trained parameters have NaN or infinite entries.
+
+    Guarantees:
+      The same key gives the same bits on the same device. A second call with the same shapes
+      traces nothing again. ``params`` are neither changed nor copied; FedSGD holds the
+      parameters and one gradient, FedAvg one more set of parameters besides the optimizer's
+      state.
+
+    Edge cases:
+      The order cannot matter when one minibatch holds every example, so it is left as given: one
+      local step of SGD is exactly ``-learning_rate`` times the FedSGD gradient up to the rounding
+      of ``theta_1 - theta_0``. A short last minibatch has its own shape and compiles once more.
+      Local steps are driven from Python: XLA runs convolutions inside ``scan`` slowly on CPU.
+
+    >>> from jgia.models import make_victim
+    >>> victim = make_victim("mlp", input_shape=(2, 2, 1), num_classes=2, widths=(3,))
+    >>> pixels, label = np.full((1, 2, 2, 1), 0.5, "float32"), np.array([1])
+    >>> seen = client_update(
+    ...     jax.random.key(0), victim, victim.init(jax.random.key(1)), pixels, label
+    ... )
+    >>> seen.update["fc1"]["kernel"].shape, seen.threat_model.num_examples
+    ((4, 3), 1)
+
+    References:
+      McMahan et al., "Communication-Efficient Learning of Deep Networks from Decentralized Data"
+      (AISTATS 2017, arXiv 1602.05629), algorithm 1.
+    """
+    pixels = _check_images(images, victim)
+    classes = _check_labels(labels, pixels.shape[0], victim)
+    params, dtype = _check_params(params, victim)
+    pixels = pixels.astype(dtype, copy=False)
+    if config.protocol == "fedsgd":
+        update = _gradient(victim, params, jnp.asarray(pixels), jnp.asarray(classes))
+    else:
+        update = _local_training(key, victim, params, pixels, classes, config)
+    _require_finite(update, config)
+    return Observation(
+        update=update,
+        params=params,
+        victim=victim,
+        threat_model=ThreatModel(
+            protocol=config.protocol,
+            local_steps=1 if config.protocol == "fedsgd" else config.num_steps(len(classes)),
+            local_learning_rate=None if config.protocol == "fedsgd" else config.learning_rate,
+            num_examples=len(classes),
+        ),
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gradient(victim: Victim, params: PyTree, images: Array, labels: Array) -> PyTree:
+    return jax.grad(victim.loss)(params, images, labels)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
+def _apply(
+    config: ClientConfig, gradient: PyTree, state: PyTree, params: PyTree
+) -> tuple[PyTree, PyTree]:
+    # The new parameters take the gradient's memory. ``params`` is never given up: in the first
+    # step it is what the server sent.
+    with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer step count
+        change, state = _optimizer(config).update(gradient, state, params)
+    return optax.apply_updates(params, change), state
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _difference(after: PyTree, sent: PyTree) -> PyTree:
+    return jax.tree.map(jnp.subtract, after, sent)
+
+
+@jax.jit
+def _finite_leaves(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: jnp.isfinite(leaf).all(), tree)
+
+
+def _optimizer(config: ClientConfig) -> optax.GradientTransformation:
+    if config.optimizer == "adam":
+        return optax.adam(config.learning_rate)
+    momentum = config.momentum if config.optimizer == "momentum" else None
+    return optax.sgd(config.learning_rate, momentum)
+
+
+def _local_training(
+    key: PRNGKeyArray,
+    victim: Victim,
+    sent: PyTree,
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: ClientConfig,
+) -> PyTree:
+    params, state = sent, _optimizer(config).init(sent)
+    for batch in _minibatches(key, len(labels), config):
+        chosen = jnp.asarray(images[batch]), jnp.asarray(labels[batch])
+        gradient = _gradient(victim, params, *chosen)
+        params, state = _apply(config, gradient, state, params)
+    return _difference(params, sent)
+
+
+def _minibatches(key: PRNGKeyArray, num_examples: int, config: ClientConfig) -> Iterator[Any]:
+    size = num_examples if config.local_batch_size is None else config.local_batch_size
+    for epoch in range(config.local_epochs):
+        order = np.arange(num_examples)
+        if config.shuffle and size < num_examples:
+            order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), num_examples))
+        for start in range(0, num_examples, size):
+            yield order[start : start + size]
+
+
+def _require_finite(update: PyTree, config: ClientConfig) -> None:
+    flags = flatten_params(jax.device_get(_finite_leaves(update)))
+    bad = sorted(name for name, finite in flags.items() if not finite)
+    if bad:
+        cause = (
+            "Check the parameters that were sent: their gradient overflows"
+            if config.protocol == "fedsgd"
+            else f"Local training diverged: lower learning_rate={config.learning_rate}"
+        )
+        raise ClientError(
+            f"the update of {', '.join(bad)} has NaN or infinite entries. {cause}, or the "
+            "parameters are too large for their dtype."
+        )
+
+
+def _check_images(images: Any, victim: Victim) -> np.ndarray:
+    array = np.asarray(images)
+    if array.ndim != 4 or array.shape[1:] != victim.input_shape:
+        expected = ", ".join(map(str, victim.input_shape))
+        raise ValueError(
+            f"images must have shape (B, {expected}), got {array.shape}; the axes are batch, "
+            "height, width, channels."
+        )
+    if array.shape[0] == 0:
+        raise ValueError("images must hold at least one example, got batch 0.")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(
+            f"images must be floating point in [0, 1], got {array.dtype}; divide bytes by 255."
+        )
+    low, high = float(array.min()), float(array.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("images must be finite, got NaN or infinite pixels.")
+    if low < 0.0 or high > 1.0:
+        raise ValueError(
+            f"images must be pixels in [0, 1], got [{low:.6g}, {high:.6g}]; pass them before "
+            "normalization (the victim normalizes) and clip or rescale them."
+        )
+    return array
+
+
+def _check_labels(labels: Any, num_examples: int, victim: Victim) -> np.ndarray:
+    array = np.asarray(labels)
+    if array.shape != (num_examples,):
+        raise ValueError(
+            f"labels must have shape ({num_examples},), one per image, got {array.shape}."
+        )
+    if not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"labels must be integers (class indices), got {array.dtype}.")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= victim.num_classes:
+        raise ValueError(
+            f"labels must lie in [0, {victim.num_classes}), got values from {low} to {high}."
+        )
+    return array.astype(np.int32, copy=False)
+
+
+def _check_params(params: PyTree, victim: Victim) -> tuple[PyTree, np.dtype]:
+    check_params(params, victim)
+    params = jax.tree.map(jnp.asarray, params)
+    dtypes = {leaf.dtype for leaf in jax.tree.leaves(params)}
+    if len(dtypes) != 1 or not jnp.issubdtype(next(iter(dtypes)), jnp.floating):
+        raise ValueError(
+            "the parameters must share one floating-point dtype, got "
+            f"{', '.join(sorted(map(str, dtypes)))}."
+        )
+    return params, next(iter(dtypes))
