@@ -160,7 +160,7 @@ def singletons(bench: Bench, smoke: bool) -> dict[str, Any]:
         result[f"n={n}"] = block = {
             "batches": batches,
             "expected": expected,
-            "interval": [expected - half, expected + half],
+            "interval": [float(expected - half), float(expected + half)],
             "measured_alone": mean,
             "measured_recovered_at_60_db": float(np.mean(recovered)),
             "inside": bool(abs(mean - expected) <= max(half, 1e-9)),
@@ -282,13 +282,7 @@ def speed(bench: Bench, smoke: bool, peer_images: int, band: float) -> dict[str,
         bins = bench.bins_of(images)
         owner = {int(b): i for i, b in enumerate(bins) if np.sum(bins == b) == 1}
         rows_kept = np.flatnonzero([int(b) in owner for b in candidates.bins])
-        chosen = ares.Candidates(
-            **{
-                f.name: value[rows_kept] if isinstance(value, np.ndarray) else value
-                for f in dataclasses.fields(candidates)
-                for value in [getattr(candidates, f.name)]
-            }
-        )
+        chosen = candidates.take(rows_kept)
         truth = images[[owner[int(b)] for b in chosen.bins]]
         count = len(chosen)
 

@@ -9,8 +9,10 @@ import numpy as np
 import scipy.sparse as sp
 import scipy.sparse.linalg as spl
 
+Matrix = Any  # a SciPy sparse array; its stubs know too little to be of use
 
-def first_layer_matrix(kernel: np.ndarray, height: int, width: int) -> sp.csr_matrix:
+
+def first_layer_matrix(kernel: np.ndarray, height: int, width: int) -> Matrix:
     """The first convolution as an explicit sparse matrix (H*W*F, H*W*C); small images only."""
     kh, kw, channels, filters = kernel.shape
     i, j = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
@@ -27,23 +29,25 @@ def first_layer_matrix(kernel: np.ndarray, height: int, width: int) -> sp.csr_ma
                     values.append(np.full(target.size, kernel[a, b, c, f], np.float64))
     shape = (height * width * filters, height * width * channels)
     data = (np.concatenate(values), (np.concatenate(rows), np.concatenate(columns)))
-    return sp.csr_matrix(data, shape=shape)
+    return sp.csr_array(data, shape=shape)
 
 
-def raster_dct_basis(height: int, width: int, channels: int) -> sp.csr_matrix:
+def raster_dct_basis(height: int, width: int, channels: int) -> Matrix:
     """The release's synthesis matrix: a 64-point transform of contiguous raster runs, CHW."""
     n = np.arange(8)
     dct = np.cos(np.pi * (n[None, :] + 0.5) * n[:, None] / 8) * np.sqrt(2 / 8)
     dct[0] /= np.sqrt(2)
     size = height * width * channels
-    blocks = sp.block_diag([np.kron(dct, dct)] * (size // 64), format="csr")
+    blocks: Matrix = sp.block_diag([np.kron(dct, dct)] * (size // 64), format="csr")
     chw_to_hwc = np.arange(size).reshape(height, width, channels).transpose(2, 0, 1).ravel()
-    permutation = sp.csr_matrix((np.ones(size), (chw_to_hwc, np.arange(size))), shape=(size, size))
+    permutation: Matrix = sp.csr_array(
+        (np.ones(size), (chw_to_hwc, np.arange(size))), shape=(size, size)
+    )
     return (permutation @ blocks).tocsr()
 
 
 def basis_pursuit(
-    activation: np.ndarray, matrix: sp.csr_matrix, basis: sp.csr_matrix, *, band: float
+    activation: np.ndarray, matrix: Matrix, basis: Matrix, *, band: float
 ) -> tuple[np.ndarray | None, float, str]:
     """Masked basis pursuit through cvxpy, as released: returns (inputs, seconds, status).
 
@@ -70,7 +74,7 @@ def basis_pursuit(
     return (None if value is None else basis @ value), seconds, status
 
 
-def lsqr_loop(activations: np.ndarray, matrix: sp.csr_matrix) -> tuple[np.ndarray, float]:
+def lsqr_loop(activations: np.ndarray, matrix: Matrix) -> tuple[np.ndarray, float]:
     """SciPy's LSQR, one candidate after the other, over a LinearOperator of its active rows."""
     start = time.perf_counter()
     solutions = []

@@ -28,10 +28,11 @@ class StageClock:
         """Time a block; its compilation is counted in ``compile_s``, not in the stage."""
         start, compiled = time.perf_counter(), 0.0
 
-        def listen(event: str, duration: float, **_: Any) -> None:
+        def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+            del kwargs
             nonlocal compiled
             if event in _COMPILE_EVENTS:
-                compiled += duration
+                compiled += duration_secs
 
         jax.monitoring.register_event_duration_secs_listener(listen)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import os
 import platform
 import shlex
@@ -14,7 +15,7 @@ import numpy as np
 
 from jgia._clock import StageClock
 from jgia.attacks import ares
-from jgia.config import AuditConfig, DataConfig, ModelConfig
+from jgia.config import AresOptions, AuditConfig, DataConfig, ModelConfig, PerformanceFlags
 from jgia.data import Dataset, load_dataset, split_client_public
 from jgia.federated import client_update
 from jgia.metrics import score
@@ -89,7 +90,15 @@ def run_audit(
     observation = dataclasses.replace(observation, threat_model=threat)
     truth = Truth(images=images, labels=labels)
 
-    reconstruction = _attack(config, key_attack, observation, plan, clock, report)
+    reconstruction = timed_ares(
+        key_attack,
+        observation,
+        plan,
+        options=config.ares,
+        performance=config.performance,
+        clock=clock,
+        report=report,
+    )
 
     report("scoring", 0, 1)
     with clock.stage("score_s"):
@@ -122,27 +131,31 @@ def run_audit(
     )
 
 
-def _attack(
-    config: AuditConfig,
+def timed_ares(
     key: jax.Array,
     observation: Observation,
     plan: ares.Plan,
+    *,
+    options: AresOptions,
+    performance: PerformanceFlags,
     clock: StageClock,
     report: Progress,
 ) -> Reconstruction:
+    """The attack's two halves, each timed as a stage, with progress per candidate."""
     report("reading activations out of the update", 0, 1)
     with clock.stage("leak_s"):
         candidates = ares.leak(observation, plan)
-    report("inverting activations", 0, max(1, len(candidates)))
+    total = max(1, len(candidates))
+    report("inverting activations", 0, total)
     with clock.stage("invert_s"):
         return ares.invert(
             key,
             candidates,
             plan,
             observation.victim,
-            options=config.ares,
-            performance=config.performance,
-            progress=lambda done: report("inverting activations", done, max(1, len(candidates))),
+            options=options,
+            performance=performance,
+            progress=lambda done: report("inverting activations", done, total),
         )
 
 
@@ -152,30 +165,31 @@ def load_split(config: DataConfig, *, batch: int, seed: int) -> tuple[Dataset, D
     Raises:
       ValueError: not enough images, or calibration images of another shape.
     """
-    dataset = load_dataset(
-        config.data,
-        image_size=config.image_size,
-        download=config.download,
-        data_dir=config.data_dir,
-        limit=config.limit,
-    )
+    dataset = load_images(config)
     client, public = split_client_public(
         dataset, seed=seed, num_client=batch, num_public=config.num_public
     )
     if config.calibration != "holdout":
-        public = load_dataset(
-            config.calibration,
-            image_size=config.image_size,
-            download=config.download,
-            data_dir=config.data_dir,
-            limit=config.num_public,
-        )
+        public = load_images(config, spec=config.calibration, limit=config.num_public)
         if public.image_shape != client.image_shape:
             raise ValueError(
                 f"calibration images have shape {public.image_shape}, the client's "
                 f"{client.image_shape}; give --image-size, or other calibration data."
             )
     return client, public
+
+
+def load_images(
+    config: DataConfig, *, spec: str | None = None, limit: int | None = None
+) -> Dataset:
+    """The configured data set, or another one (``spec``) under the same loading options."""
+    return load_dataset(
+        spec or config.data,
+        image_size=config.image_size,
+        download=config.download,
+        data_dir=config.data_dir,
+        limit=limit or config.limit,
+    )
 
 
 def build_victim(
@@ -256,14 +270,12 @@ def assemble_result(
 
 def environment() -> dict[str, Any]:
     """Versions and device, for reports."""
-    import jaxlib
-
     from jgia import __version__
 
     return {
         "jgia": __version__,
         "jax": jax.__version__,
-        "jaxlib": jaxlib.__version__,
+        "jaxlib": importlib.metadata.version("jaxlib"),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,21 +82,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     line on standard error, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
-    command = tyro.cli(
-        _Command,  # pyright: ignore[reportArgumentType]
-        prog="jgia",
-        description=_DESCRIPTION,
-        args=argv,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
     try:
-        return _run(command, argv)
+        return _run(_parse(argv), argv)
     except KeyboardInterrupt:
         print("interrupted; earlier results are as they were", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return 2
+
+
+def _parse(argv: list[str]) -> Any:
+    """The command of the arguments; exits with 2 and one line where a value is out of range."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                _Command,  # pyright: ignore[reportArgumentType]
+                prog="jgia",
+                description=_DESCRIPTION,
+                args=argv,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    finally:
+        sys.stderr.write(_plain_complaint(complaint.getvalue()))
+
+
+def _plain_complaint(text: str) -> str:
+    """What tyro says, but the checks of the options (a box in tyro's words) as one line."""
+    unboxed = _one_line(re.sub(r"\x1b\[[0-9;]*m|[\u2500-\u257f]|-{4,}", " ", text))
+    message = re.search(r"Error parsing __\S+: (.*?) For full helptext, ", unboxed)
+    return f"error: {message[1]}\n" if message else text
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _run(command: Any, argv: list[str]) -> int:

@@ -12,7 +12,15 @@ import numpy as np
 from jgia._clock import StageClock
 from jgia._io import atomic_write_bytes
 from jgia.attacks import ares
-from jgia.audit import AuditOutcome, Progress, assemble_result, build_victim, plain
+from jgia.audit import (
+    AuditOutcome,
+    Progress,
+    assemble_result,
+    build_victim,
+    load_images,
+    plain,
+    timed_ares,
+)
 from jgia.config import AttackConfig, CraftConfig, ModelConfig
 from jgia.data import Dataset, load_dataset
 from jgia.federated import UpdateError, load_params, load_update, save_update
@@ -31,17 +39,7 @@ def write_crafted(config: CraftConfig) -> list[Path]:
     Raises:
       ValueError: data or model do not fit the attack.
     """
-    public = _public_part(
-        load_dataset(
-            config.data.data,
-            image_size=config.data.image_size,
-            download=config.data.download,
-            data_dir=config.data.data_dir,
-            limit=config.data.limit,
-        ),
-        config.data.num_public,
-        config.seed,
-    )
+    public = _public_part(load_images(config.data), config.data.num_public, config.seed)
     victim = build_victim(config.model, public, public, normalize=config.data.normalize)
     pixels, _ = public.take(np.arange(len(public)))
     params, plan = ares.craft(jax.random.key(config.seed), victim, pixels, options=config.ares)
@@ -86,25 +84,20 @@ def attack_update(
         params = load_params(
             config.crafted / description["params"], victim, layout=description["layout"]
         )
-        threat = ThreatModel(protocol=config.protocol, public_data=str(description["public_data"]))
+        threat = ThreatModel(protocol=config.protocol, public_data=description["public_data"])
         observation = load_update(
             config.update, victim, params, threat_model=threat, layout=config.layout
         )
         truth = _truth(config.truth, victim)
-    with clock.stage("leak_s"):
-        plan = ares.read_plan(victim, params)
-        candidates = ares.leak(observation, plan)
-    report("inverting activations", 0, max(1, len(candidates)))
-    with clock.stage("invert_s"):
-        reconstruction = ares.invert(
-            jax.random.key(config.seed),
-            candidates,
-            plan,
-            victim,
-            options=config.ares,
-            performance=config.performance,
-            progress=lambda done: report("inverting activations", done, max(1, len(candidates))),
-        )
+    reconstruction = timed_ares(
+        jax.random.key(config.seed),
+        observation,
+        ares.read_plan(victim, params),
+        options=config.ares,
+        performance=config.performance,
+        clock=clock,
+        report=report,
+    )
     scores = None
     if truth is not None:
         with clock.stage("score_s"):
@@ -145,7 +138,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise UpdateError(
             f"cannot read {path} ({error.strerror}); --crafted needs a folder from 'jgia craft'."
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if isinstance(error, UpdateError):
             raise
         raise UpdateError(f"{path} is not valid JSON; run 'jgia craft' again.") from error
@@ -169,7 +162,9 @@ def _victim(description: dict[str, Any]) -> Victim:
         )
         if Path(description["params"]).name != description["params"]:
             raise ValueError("'params' must be a file beside victim.json")
-        description["public_data"], int(description["num_public"])
+        if not isinstance(description["public_data"], str):
+            raise ValueError("'public_data' must be a string")
+        int(description["num_public"])
         if description["layout"] not in ("flax", "torch"):
             raise ValueError("'layout' must be flax or torch")
         return make_victim(

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jgia import _checks
 from jgia.sparse.operators import Planes
 
 
 class BlockDCT(NamedTuple):
-    """Colour rotation followed by a block DCT-II: orthonormal for any height and width.
+    """Color rotation followed by a block DCT-II: orthonormal for any height and width.
 
     Blocks are ``block`` x ``block``; a side that is no multiple ends in one shorter block with
     its own orthonormal DCT, so no padding is needed. Three channels are rotated to (luma,
@@ -20,7 +21,7 @@ class BlockDCT(NamedTuple):
     natural image's energy; other channel counts are left alone.
 
     Attributes:
-      block: side of a block in pixels.
+      block: side of a block in pixels, at least 1.
     """
 
     block: int = 8
@@ -68,6 +69,7 @@ def _rotate(x: Array, *, inverse: bool) -> Array:
 
 def _blockwise(x: Array, axis: int, block: int, inverse: bool) -> Array:
     """Apply the DCT (or its inverse) to consecutive blocks of one axis."""
+    _checks.at_least(1, block=block)
     size = x.shape[axis]
     whole = size - size % block
     parts = []

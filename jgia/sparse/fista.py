@@ -13,6 +13,8 @@ from jgia import _checks
 from jgia.sparse.bases import BlockDCT
 from jgia.sparse.operators import ConvOperator, Planes
 
+_SAMPLE = (0, 1, 2)  # the axes of one sample
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LassoOptions:
@@ -97,7 +99,11 @@ def masked_lasso(
     basis, options = basis or BlockDCT(), options or LassoOptions()
     if y.shape != mask.shape:
         raise ValueError(f"y and mask must have one shape, got {y.shape} and {mask.shape}.")
-    finite = jnp.all(jnp.isfinite(y) | ~mask, axis=(0, 1, 2))
+    if y.shape[0] != operator.kernel.shape[-1]:
+        raise ValueError(
+            f"y has {y.shape[0]} channels, the operator maps to {operator.kernel.shape[-1]}."
+        )
+    finite = jnp.all(jnp.isfinite(y) | ~mask, axis=_SAMPLE, keepdims=True)
     weight = mask.astype(y.dtype)
     data = jnp.where(mask & finite, y, 0)
     bound = operator.squared_norm_bound() if step_bound is None else step_bound
@@ -113,14 +119,14 @@ def masked_lasso(
         return basis.analyze(operator.adjoint(residual(u)))
 
     correlation = basis.analyze(operator.adjoint(data))
-    lam_max = jnp.max(jnp.abs(correlation), axis=(0, 1, 2))
+    lam_max = jnp.max(jnp.abs(correlation), axis=_SAMPLE, keepdims=True)
 
     def iterate(carry: tuple[Array, ...], lam: Array) -> tuple[tuple[Array, ...], None]:
         c, v, t = carry
         moved = v - step * gradient(v)
         c_next = _soft_threshold(moved, step * lam)
         # Restart when the momentum points uphill (arXiv 1204.3982, eq. 13).
-        uphill = jnp.sum((v - c_next) * (c_next - c), axis=(0, 1, 2)) > 0
+        uphill = _total((v - c_next) * (c_next - c)) > 0
         t = jnp.where(uphill, 1, t)
         t_next = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
         v_next = c_next + (t - 1) / t_next * (c_next - c)
@@ -129,7 +135,7 @@ def masked_lasso(
     num = options.num_stages
     ratios = options.lam_ratio ** (jnp.arange(1, num + 1, dtype=y.dtype) / num)
     per_step = jnp.repeat(ratios, options.iterations_per_stage)
-    lams = per_step[:, None] * lam_max[None, :]
+    lams = per_step[:, None, None, None, None] * lam_max[None]
     start = (jnp.zeros_like(correlation), jnp.zeros_like(correlation), jnp.ones_like(lam_max))
     (c, _, _), _ = lax.scan(iterate, start, lams)
 
@@ -139,15 +145,15 @@ def masked_lasso(
     objective, gap = _certificate(
         c, u, residual(u), data, weight, lam, basis, operator, options.one_sided
     )
-    ok = finite & jnp.all(jnp.isfinite(x), axis=(0, 1, 2))
+    ok = finite & jnp.all(jnp.isfinite(x), axis=_SAMPLE, keepdims=True)
     return LassoResult(
         x=jnp.where(ok, x, 0),
-        lam=lam,
-        objective=jnp.where(ok, objective, jnp.inf),
-        duality_gap=jnp.where(ok, gap, jnp.inf),
-        violation=jnp.max((1 - weight) * jnp.maximum(u, 0), axis=(0, 1, 2)),
-        iterations=jnp.full(lam.shape, per_step.shape[0], jnp.int32),
-        finite=ok,
+        lam=lam[0, 0, 0],
+        objective=jnp.where(ok, objective, jnp.inf)[0, 0, 0],
+        duality_gap=jnp.where(ok, gap, jnp.inf)[0, 0, 0],
+        violation=jnp.max((1 - weight) * jnp.maximum(u, 0), axis=_SAMPLE),
+        iterations=jnp.full(y.shape[-1], per_step.shape[0], jnp.int32),
+        finite=ok[0, 0, 0],
     )
 
 
@@ -168,18 +174,21 @@ def _certificate(
     (outside the mask nu >= 0 by construction), and s is the largest factor <= 1 for which
     ``|Psi^T M^T nu|_inf <= lam``.
     """
-
-    def total(a: Array) -> Array:
-        return jnp.sum(a, axis=(0, 1, 2))
-
-    hinge = total(((1 - weight) * jnp.maximum(u, 0)) ** 2) if one_sided else 0
-    fit = total((weight * u - data) ** 2)
-    objective = (fit + hinge) / 2 + lam * total(jnp.abs(c))
-    correlation = jnp.max(jnp.abs(basis.analyze(operator.adjoint(residual))), axis=(0, 1, 2))
+    hinge = _total(((1 - weight) * jnp.maximum(u, 0)) ** 2) if one_sided else 0
+    fit = _total((weight * u - data) ** 2)
+    objective = (fit + hinge) / 2 + lam * _total(jnp.abs(c))
+    correlation = jnp.max(
+        jnp.abs(basis.analyze(operator.adjoint(residual))), axis=_SAMPLE, keepdims=True
+    )
     scale = jnp.minimum(1, lam / jnp.where(correlation > 0, correlation, 1))
     nu = scale * residual
-    conjugate = total(nu**2) / 2 + total(weight * nu * data)
+    conjugate = _total(nu**2) / 2 + _total(weight * nu * data)
     return objective, objective + conjugate
+
+
+def _total(a: Array) -> Array:
+    """Sum over everything but the batch: (1, 1, 1, J)."""
+    return jnp.sum(a, axis=_SAMPLE, keepdims=True)
 
 
 def _soft_threshold(x: Array, lam: Array) -> Array:

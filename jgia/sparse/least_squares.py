@@ -73,8 +73,10 @@ def masked_least_squares(
     Raises:
       ValueError: shapes do not fit or an option is out of range.
 
-    Guarantees: differentiable in ``y`` and in ``operator.kernel`` by the implicit function
-      theorem (reverse mode); the mask is constant. Works under ``jit`` and ``vmap``.
+    Guarantees: ``x`` is differentiable in ``y``, and where the system determines it also in
+      ``operator.kernel``, by the implicit function theorem (reverse mode); mask and certificate
+      are constant. The scale of ``y`` does not matter: every sample is solved in units of its
+      largest entry. Works under ``jit`` and ``vmap``.
 
     References:
       A. Bjorck, "Numerical Methods for Least Squares Problems" (SIAM, 1996), algorithm 7.4.1.
@@ -105,8 +107,8 @@ class _Limits(NamedTuple):
 def _solve(limits: _Limits, operator: ConvOperator, y: Array, mask: Array) -> LeastSquaresResult:
     weight = mask.astype(y.dtype)
     precondition = block_preconditioner(operator, weight)
-    finite = jnp.all(jnp.isfinite(y) | ~mask, axis=(0, 1, 2))
-    data = jnp.where(mask & finite, y, 0)
+    finite = jnp.all(jnp.isfinite(y) | ~mask, axis=(0, 1, 2), keepdims=True)
+    data, unit = _in_units(jnp.where(mask & finite, y, 0))
 
     def gradient_of(residual: Array) -> tuple[Array, Array]:
         s = operator.adjoint(residual)
@@ -116,44 +118,51 @@ def _solve(limits: _Limits, operator: ConvOperator, y: Array, mask: Array) -> Le
     goal = limits.tolerance**2 * gamma_data
     norm_squared = _inner(data, data)
 
-    x = jnp.zeros((operator.kernel.shape[2], *y.shape[1:]), y.dtype)
-    iterations = jnp.zeros(y.shape[-1], jnp.int32)
-    for number in range(1 + limits.num_refinements):
-        residual = data - weight * operator.apply(x) if number else data
+    def one_pass(number: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        x, iterations = carry
+        residual = data - weight * operator.apply(x)
         too_large = _inner(residual, residual) > limits.abandon_residual**2 * norm_squared
-        goal_now = jnp.where(too_large, jnp.inf, goal) if number else goal
+        goal_now = jnp.where((number > 0) & too_large, jnp.inf, goal)
         dx, used = _cgls(operator, precondition, weight, residual, goal_now, limits.max_iterations)
-        x, iterations = x + dx, iterations + used
+        return x + dx, iterations + used
+
+    x = jnp.zeros((operator.kernel.shape[2], *y.shape[1:]), y.dtype)
+    iterations = jnp.zeros((1, 1, 1, y.shape[-1]), jnp.int32)
+    x, iterations = lax.fori_loop(0, 1 + limits.num_refinements, one_pass, (x, iterations))
 
     residual = data - weight * operator.apply(x)
     _, gamma = gradient_of(residual)
-    return _certify(x, data, residual, gamma, gamma_data, iterations, finite, limits.tolerance)
+    result = _certify(x, data, residual, gamma, gamma_data, iterations, finite, limits.tolerance)
+    return result._replace(x=unit * result.x)
 
 
 def _solve_forward(
     limits: _Limits, operator: ConvOperator, y: Array, mask: Array
-) -> tuple[LeastSquaresResult, tuple[ConvOperator, Array, Array, Array]]:
-    result = _solve(limits, operator, y, mask)
-    return result, (operator, y, mask, result.x)
+) -> tuple[LeastSquaresResult, tuple[ConvOperator, Array, Array, LeastSquaresResult]]:
+    result: LeastSquaresResult = _solve(limits, operator, y, mask)  # pyright: ignore[reportAssignmentType]
+    return result, (operator, y, mask, result)
 
 
 def _solve_backward(
     limits: _Limits,
-    saved: tuple[ConvOperator, Array, Array, Array],
+    saved: tuple[ConvOperator, Array, Array, LeastSquaresResult],
     cotangent: LeastSquaresResult,
 ) -> tuple[ConvOperator, Array, None]:
-    operator, y, mask, x = saved
+    operator, y, mask, result = saved
     weight = mask.astype(y.dtype)
     precondition = block_preconditioner(operator, weight)
+    ok = (result.status != NONFINITE)[None, None, None, :]
+    data = jnp.where(mask & ok, y, 0)
     # lam solves (M^T mask M) lam = x_bar; then <x_bar, dx> is the differential of
     # <mask * M lam, y - M x> with lam and x held fixed.
-    lam = _pcg(operator, precondition, weight, cotangent.x, limits)
+    b, unit = _in_units(jnp.where(ok, cotangent.x, 0))
+    lam = unit * _solve_normal(operator, precondition, weight, b, limits)
 
-    def linearized(operator: ConvOperator, y: Array) -> Array:
-        residual = jnp.where(mask, y, 0) - weight * operator.apply(x)
+    def linearized(operator: ConvOperator, data: Array) -> Array:
+        residual = data - weight * operator.apply(result.x)
         return jnp.sum(weight * operator.apply(lam) * residual)
 
-    operator_bar, y_bar = jax.grad(linearized, argnums=(0, 1))(operator, y)
+    operator_bar, y_bar = jax.grad(linearized, argnums=(0, 1))(operator, data)
     return operator_bar, y_bar, None
 
 
@@ -208,36 +217,50 @@ def _cgls(
     return x, used
 
 
-def _pcg(
+def _solve_normal(
     operator: ConvOperator,
     precondition: _Preconditioner,
     weight: Array,
     b: Array,
     limits: _Limits,
 ) -> Array:
-    """Conjugate gradients for ``(M^T diag(weight) M) x = b``, per sample."""
-    z = precondition(b)
-    gamma = _inner(b, z)
-    goal = limits.tolerance**2 * gamma
+    """``(M^T diag(weight) M) lam = b`` per sample, as far as the operator reaches b.
+
+    CGLS on ``min_u ||M^T u - b||_P`` with ``u = diag(weight) M lam``, which, unlike conjugate
+    gradients, stays bounded where no lam solves the equation.
+    """
+    floor = (8 * float(jnp.finfo(b.dtype).eps)) ** 2
+
+    def gradient_of(r: Array) -> tuple[Array, Array, Array]:
+        z = precondition(r)
+        s = weight * operator.apply(z)
+        gamma = _inner(s, s)
+        return z, s, jnp.where(gamma > floor * _inner(r, z), gamma, 0)
+
+    goal = limits.tolerance**2 * gradient_of(b)[2]
 
     def cond(carry: tuple[Array, ...]) -> Array:
         *_, gamma, k = carry
         return (k < limits.max_iterations) & jnp.any(gamma > goal)
 
     def body(carry: tuple[Array, ...]) -> tuple[Array, ...]:
-        x, r, p, gamma, k = carry
-        normal = operator.adjoint(weight * operator.apply(p))
-        curvature = _inner(p, normal)
+        lam, r, direction, p, gamma, k = carry
+        q = operator.adjoint(p)
+        curvature = _inner(q, precondition(q))
         live = (gamma > goal) & (curvature > 0)
         alpha = jnp.where(live, gamma / jnp.where(live, curvature, 1), 0)
-        r = r - alpha * normal
-        z = precondition(r)
-        gamma_next = jnp.where(live, _inner(r, z), jnp.minimum(gamma, goal))
+        lam, r = lam + alpha * direction, r - alpha * q
+        z, s, gamma_next = gradient_of(r)
+        gamma_next = jnp.where(live, gamma_next, 0)
         beta = jnp.where(live, gamma_next / jnp.where(live, gamma, 1), 0)
-        return x + alpha * p, r, z + beta * p, gamma_next, k + 1
+        return lam, r, z + beta * direction, s + beta * p, gamma_next, k + 1
 
-    start = (jnp.zeros_like(b), b, z, gamma, jnp.zeros((), jnp.int32))
-    return lax.while_loop(cond, body, start)[0]
+    def one_pass(_: Array, lam: Array) -> Array:
+        r = b - operator.adjoint(weight * operator.apply(lam))
+        start = (lam, r, *gradient_of(r), jnp.zeros((), jnp.int32))
+        return lax.while_loop(cond, body, start)[0]
+
+    return lax.fori_loop(0, 1 + limits.num_refinements, one_pass, jnp.zeros_like(b))
 
 
 def _certify(
@@ -258,19 +281,25 @@ def _certify(
     eps = float(jnp.finfo(x.dtype).eps)
     limit = 16 * jnp.maximum(tolerance, eps * jnp.maximum(relative, 1))
     status = jnp.where(gradient <= limit, CONVERGED, MAX_ITERATIONS)
-    ok = finite & jnp.all(jnp.isfinite(x), axis=(0, 1, 2))
+    ok = finite & jnp.all(jnp.isfinite(x), axis=(0, 1, 2), keepdims=True)
     return LeastSquaresResult(
         x=jnp.where(ok, x, 0),
-        relative_residual=jnp.where(ok, relative, jnp.inf),
-        gradient=jnp.where(ok, gradient, jnp.inf),
-        iterations=iterations,
-        status=jnp.where(ok, status, NONFINITE).astype(jnp.int32),
+        relative_residual=jnp.where(ok, relative, jnp.inf)[0, 0, 0],
+        gradient=jnp.where(ok, gradient, jnp.inf)[0, 0, 0],
+        iterations=iterations[0, 0, 0],
+        status=jnp.where(ok, status, NONFINITE).astype(jnp.int32)[0, 0, 0],
     )
 
 
 def _inner(a: Array, b: Array) -> Array:
-    """Inner product over everything but the batch."""
-    return jnp.sum(a * b, axis=(0, 1, 2))
+    """Inner product over everything but the batch: (1, 1, 1, J)."""
+    return jnp.sum(a * b, axis=(0, 1, 2), keepdims=True)
+
+
+def _in_units(a: Array) -> tuple[Array, Array]:
+    """Each sample divided by its largest magnitude, so that no square leaves the float range."""
+    unit = _nonzero(jnp.max(jnp.abs(a), axis=(0, 1, 2), keepdims=True))
+    return a / unit, unit
 
 
 def _nonzero(x: Array) -> Array:
@@ -297,7 +326,7 @@ def block_preconditioner(operator: ConvOperator, weight: Planes) -> _Preconditio
     blocks = operator.pixel_blocks(weight)
     num = blocks.shape[0]
     trace = sum(blocks[c, c] for c in range(num))
-    scale = jnp.max(trace, axis=(0, 1))
+    scale = jnp.max(trace, axis=(0, 1), keepdims=True)
     ridge = 1e-3 * trace / num + 1e-6 * jnp.where(scale > 0, scale, 1)
     if num > 4:  # many channels: the diagonal alone, rather than unrolled factorizations
         diagonal = jnp.stack([blocks[c, c] for c in range(num)]) + ridge

@@ -8,12 +8,14 @@ No operator here ever forms a matrix of image size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jaxtyping import Float
+
+from jgia import _checks
 
 Planes = Float[Array, "channels height width batch"]
 
@@ -25,30 +27,33 @@ class ConvOperator(NamedTuple):
     ``r, s`` half the (odd) kernel sides: the cross-correlation of ``flax.linen.Conv``.
 
     Attributes:
-      kernel: (kh, kw, C, F) with odd kh and kw, as flax stores it.
+      kernel: (kh, kw, C, F) with odd kh and kw, as flax stores it; every method raises
+        ``ValueError`` on an even side, where SAME padding would no longer be symmetric.
     """
 
     kernel: Float[Array, "kh kw in_channels out_channels"]
 
-    def apply(self, x: Planes) -> Planes:
+    def apply(self, x: Planes) -> Float[Array, "out_channels height width batch"]:
         """``M x``: planes (C, H, W, J) to (F, H, W, J)."""
-        kh, kw, num_in, num_out = self.kernel.shape
+        kh, kw, num_in, num_out = _odd(self.kernel.shape)
         _, height, width, batch = x.shape
         patches = _shifts(x, kh, kw).reshape(kh * kw * num_in, -1)
         matrix = self.kernel.reshape(-1, num_out)
         return _dot(matrix.T, patches).reshape(num_out, height, width, batch)
 
-    def adjoint(self, y: Planes) -> Planes:
+    def adjoint(self, y: Planes) -> Float[Array, "in_channels height width batch"]:
         """``M^T y``: planes (F, H, W, J) to (C, H, W, J)."""
-        kh, kw, num_in, num_out = self.kernel.shape
+        kh, kw, num_in, num_out = _odd(self.kernel.shape)
         _, height, width, batch = y.shape
         matrix = self.kernel.reshape(-1, num_out)
         patches = _dot(matrix, y.reshape(num_out, -1))
         return _add_shifts(patches.reshape(kh, kw, num_in, height, width, batch))
 
-    def pixel_blocks(self, mask: Planes) -> Float[Array, "in in height width batch"]:
+    def pixel_blocks(
+        self, mask: Planes
+    ) -> Float[Array, "in_channels in_channels height width batch"]:
         """Diagonal C x C block of ``M^T diag(mask) M`` at every pixel: (C, C, H, W, J)."""
-        kh, kw, num_in, num_out = self.kernel.shape
+        kh, kw, num_in, num_out = _odd(self.kernel.shape)
         squares = self.kernel[:, :, :, None, :] * self.kernel[:, :, None, :, :]
         blocks = ConvOperator(squares.reshape(kh, kw, num_in**2, num_out)).adjoint(mask)
         return blocks.reshape(num_in, num_in, *mask.shape[1:])
@@ -59,7 +64,7 @@ class ConvOperator(NamedTuple):
         The spectral norm of the kernel's frequency response is at most that of the sum of its
         taps' norms; Young's inequality gives ``||M|| <= sum_{a,b} ||kernel[a, b]||_2``.
         """
-        taps = self.kernel.reshape(-1, *self.kernel.shape[2:])
+        taps = self.kernel.reshape(-1, *_odd(self.kernel.shape)[2:])
         return jnp.sum(jnp.linalg.norm(taps, ord=2, axis=(1, 2))) ** 2
 
 
@@ -71,6 +76,15 @@ def to_planes(images: Float[Array, "batch height width channels"]) -> Planes:
 def from_planes(planes: Planes) -> Float[Array, "batch height width channels"]:
     """(C, H, W, J) to (J, H, W, C)."""
     return jnp.transpose(planes, (3, 1, 2, 0))
+
+
+def _odd(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 4 or not (shape[0] % 2 and shape[1] % 2):
+        raise ValueError(
+            f"the kernel must have shape (kh, kw, C, F) with odd kh and kw, got {shape}; "
+            "pad an even side with one row of zeros (in front, for SAME padding as in flax)."
+        )
+    return shape
 
 
 def _dot(a: Array, b: Array) -> Array:
@@ -108,17 +122,32 @@ def _add_shifts(patches: Array) -> Array:
 def largest_eigenvalue(
     key: Array, operator: ConvOperator, shape: tuple[int, int, int], *, num_iterations: int = 30
 ) -> Float[Array, ""]:
-    """Power iteration for the largest eigenvalue of ``M^T M`` on images of ``shape`` (C, H, W).
+    """Largest eigenvalue of ``M^T M`` on images of ``shape`` (C, H, W), by Lanczos' method.
 
-    The Rayleigh quotient approaches from below; multiply by a few percent before using it as a
-    step-size bound.
+    The estimate approaches from below and usually is within 0.5 % after 30 iterations (power
+    iteration: 5 %); multiply by a percent or two before using it as a step-size bound.
+
+    Raises:
+      ValueError: ``num_iterations`` is less than 1.
+
+    References:
+      Golub and Van Loan, "Matrix Computations" (4th ed., 2013), algorithm 10.1.1.
     """
+    _checks.at_least(1, num_iterations=num_iterations)
 
-    def step(v: Array, _: None) -> tuple[Array, None]:
-        v = operator.adjoint(operator.apply(v / jnp.linalg.norm(v.ravel())))
-        return v, None
+    def norm(v: Array) -> Array:
+        return jnp.sqrt(jnp.sum(v * v))
 
-    start = jax.random.normal(key, (*shape, 1), operator.kernel.dtype)
-    v, _ = lax.scan(step, start, length=num_iterations)
-    v = v / jnp.linalg.norm(v.ravel())
-    return jnp.sum(operator.apply(v) ** 2)
+    def step(carry: tuple[Array, Array, Array], _: None) -> tuple[Any, tuple[Array, Array]]:
+        v, previous, beta = carry
+        w = operator.adjoint(operator.apply(v)) - beta * previous
+        alpha = jnp.sum(v * w)
+        w = w - alpha * v
+        beta = norm(w)
+        return (w / jnp.where(beta > 0, beta, 1), v, beta), (alpha, beta)
+
+    v = jax.random.normal(key, (*shape, 1), operator.kernel.dtype)
+    start = (v / norm(v), jnp.zeros_like(v), jnp.zeros((), v.dtype))
+    _, (alpha, beta) = lax.scan(step, start, length=num_iterations)
+    tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
+    return jnp.linalg.eigvalsh(tridiagonal)[-1]

@@ -24,6 +24,8 @@ class Candidates:
       bins: (J,) bin index j: the difference of neurons ``order[j]`` and ``order[j + 1]``.
       signals: (J,) bias-gradient difference, the denominator of the read-out.
       noise: (J,) estimated standard deviation of an activation's entries.
+      scale_error: (J,) estimated relative error that all entries share, because parameters were
+        rounded during local training; 0 for a gradient.
       in_bracket: (J,) whether ``thresholds[j] < q <= thresholds[j + 1]`` up to noise: a convex
         mixture passes, most signed ones do not.
       non_negative: (J,) whether no entry is negative beyond noise, as a rectified activation
@@ -35,12 +37,19 @@ class Candidates:
     bins: np.ndarray
     signals: np.ndarray
     noise: np.ndarray
+    scale_error: np.ndarray
     in_bracket: np.ndarray
     non_negative: np.ndarray
     signal_floor: float
 
     def __len__(self) -> int:
         return len(self.bins)
+
+    def take(self, indices: np.ndarray) -> Candidates:
+        """The candidates at the given positions."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        rows = {name: v[indices] for name, v in values.items() if isinstance(v, np.ndarray)}
+        return dataclasses.replace(self, **rows)
 
 
 def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Candidates:
@@ -49,7 +58,8 @@ def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Can
     ``h_j = (G_j - G_{j+1}) / (g_j - g_{j+1})`` and ``h_{K-1} = G_{K-1} / g_{K-1}`` with G and g
     the gradients of the layer's weights and biases: examples with ``t_j < q <= t_{j+1}``
     contribute to the difference, all others cancel. Scale-free, so a FedAvg difference and any
-    learning rate do as well as a gradient.
+    learning rate do as well as a gradient, up to the rounding of the trained parameters: where
+    that leaves the scale of an activation open, the bin it fell into bounds it.
 
     Args:
       observation: what the server holds after the round.
@@ -78,9 +88,10 @@ def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Can
         )
     g = bias_gradient.astype(np.float64)[plan.order]
     differences = g - np.append(g[1:], 0.0)
-    gradient_noise = _gradient_noise(differences, noise_std)
+    weight_rounding, bias_rounding = _parameter_rounding(observation, plan)
+    gradient_noise = _gradient_noise(differences, noise_std, bias_rounding)
     rounding = 32 * _EPS * float(np.abs(g).max(initial=0.0))
-    floor = max(rounding, 4 * np.sqrt(2) * gradient_noise)
+    floor = max(rounding, 4 * np.sqrt(2) * float(np.hypot(gradient_noise, bias_rounding)))
     kept = np.flatnonzero(np.abs(differences) > floor)
 
     num_passed = plan.kernel.shape[-1]
@@ -97,29 +108,51 @@ def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Can
 
     typical = np.sqrt(np.mean(activations**2, axis=(1, 2)))
     noise = _readout_noise(largest, differences[kept], typical, gradient_noise)
+    noise += np.sqrt(2) * weight_rounding / np.abs(differences[kept])
+    scale_error = np.sqrt(2) * bias_rounding / np.abs(differences[kept])
     q = np.einsum("jpf,pf->j", activations, plan.query.reshape(-1, num_passed).astype(float))
     edges = np.append(plan.thresholds, np.inf)
-    slack = 1e-4 * np.abs(q) + 6 * noise * np.linalg.norm(plan.query)
+    slack = (1e-4 + 6 * scale_error) * np.abs(q) + 6 * noise * np.linalg.norm(plan.query)
     in_bracket = (q > edges[kept] - slack) & (q <= edges[kept + 1] + slack)
+    rescaled = in_bracket & (scale_error > 0) & (q > 0)
+    factor = np.clip(q, edges[kept], edges[kept + 1])[rescaled] / q[rescaled]
+    activations[rescaled] *= factor[:, None, None]
     lowest = activations.min(axis=(1, 2), initial=0.0)
     return Candidates(
         activations=activations.reshape(-1, height, width, num_passed),
         bins=kept,
         signals=differences[kept],
         noise=noise,
+        scale_error=scale_error,
         in_bracket=in_bracket,
         non_negative=lowest >= -10 * noise,
         signal_floor=floor,
     )
 
 
-def _gradient_noise(differences: np.ndarray, noise_std: float) -> float:
+def _parameter_rounding(observation: Observation, plan: Plan) -> tuple[float, float]:
+    """Standard deviations of what rounding trained parameters adds to a FedAvg difference.
+
+    Every local step rounds the parameters: an error of up to half a unit in the last place of
+    the *parameter*, however small the update. For weights and for biases.
+    """
+    if observation.threat_model.protocol != "fedavg":
+        return 0.0, 0.0
+    eps = float(np.finfo(observation.params[plan.fc_name]["bias"].dtype).eps)
+    unit = eps * float(np.sqrt(observation.threat_model.local_steps / 12))
+    return unit * float(np.abs(plan.query).max()), unit * float(np.abs(plan.thresholds).max())
+
+
+def _gradient_noise(differences: np.ndarray, noise_std: float, rounding: float) -> float:
     """Standard deviation of noise on one gradient entry, declared or seen in the empty bins.
 
     Most bins are empty, so the median absolute difference is a robust estimate (zero in the
-    noise-free case). Where most bins are occupied it would measure signal; then it is not used.
+    noise-free case). Where most bins are occupied it would measure signal; then it is not used,
+    nor where the rounding of parameters explains it.
     """
     seen = float(np.median(np.abs(differences))) / 0.6745 / np.sqrt(2)
+    if seen < 3 * rounding:
+        seen = 0.0
     if 4 * np.sqrt(2) * seen > 0.2 * float(np.abs(differences).max(initial=0.0)):
         seen = 0.0
     return max(seen, noise_std)

@@ -26,7 +26,7 @@ def expected_singletons(bin_masses: np.ndarray, num_examples: int) -> float:
     """
     _checks.at_least(1, num_examples=num_examples)
     p = np.asarray(bin_masses, np.float64)
-    if p.ndim != 1 or np.any(p < 0) or p.sum() > 1 + 1e-9:
+    if p.ndim != 1 or not np.all(p >= 0) or p.sum() > 1 + 1e-9:
         raise ValueError(
             "bin_masses must be one-dimensional probabilities with sum at most 1, "
             f"got shape {p.shape}, minimum {p.min()}, sum {p.sum()}."
