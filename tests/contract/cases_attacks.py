@@ -1,0 +1,59 @@
+"""Every attack of ``jgia.attacks``, with what the contract test needs to know about it.
+
+A package in ``jgia/attacks`` without a case here fails the contract test.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jgia.attacks import ares
+from jgia.config import AresOptions, PerformanceFlags
+from jgia.data import load_dataset
+from jgia.federated import client_update
+from jgia.models import make_victim
+from jgia.observation import Observation, Reconstruction
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttackCase:
+    """One attack.
+
+    Attributes:
+      package: its package in ``jgia.attacks``.
+      attack: from a key and an observation to a reconstruction.
+      observe: an observation on which it recovers at least one image, made once.
+      needs_malicious_server: whether it must refuse an honest-but-curious one.
+    """
+
+    package: str
+    attack: Callable[[Any, Observation], Reconstruction]
+    observe: Callable[[], Observation]
+    needs_malicious_server: bool
+
+
+@functools.cache
+def _observe_ares() -> Observation:
+    dataset = load_dataset("sample")
+    images, labels = dataset.take(np.arange(40))
+    images = images[:, 8:24, 8:24]
+    victim = make_victim(
+        "cnn", input_shape=(16, 16, 3), num_classes=dataset.num_classes, fc_width=64
+    )
+    options = AresOptions(front_end="signed")
+    params, _ = ares.craft(jax.random.key(0), victim, images[4:], options=options)
+    return client_update(jax.random.key(1), victim, params, images[:4], labels[:4])
+
+
+CASES = (
+    AttackCase(
+        package="ares",
+        attack=functools.partial(ares.attack, performance=PerformanceFlags(microbatch=4)),
+        observe=_observe_ares,
+        needs_malicious_server=True,
+    ),
+)
