@@ -84,6 +84,8 @@ def test_same_seed_same_result_and_other_seed_other_images(outcome):
     assert _without_times(again.result) == _without_times(outcome.result)
     np.testing.assert_array_equal(again.reconstruction.images, outcome.reconstruction.images)
     other = run_audit(dataclasses.replace(CONFIG, seed=1))
+    assert other.truth is not None
+    assert outcome.truth is not None
     assert not np.array_equal(other.truth.images, outcome.truth.images)
 
 

@@ -84,7 +84,7 @@ def test_round_trip_with_a_client_in_numpy(layout, form, tmp_path, private, best
     update = {name: value.astype(np.float32) for name, value in update.items()}
     if layout == "flax":
         update = from_torch_layout(update, victim)
-    np.savez(tmp_path / "update.npz", **update)
+    np.savez(tmp_path / "update.npz", allow_pickle=False, **update)
     np.savez(tmp_path / "truth.npz", x=images, y=labels)
     config = AttackConfig(
         crafted=tmp_path,
@@ -128,7 +128,7 @@ def crafted(tmp_path_factory, private):
     description = json.loads((folder / "victim.json").read_text())
     update = _numpy_gradient(load_arrays(folder / "params.npz"), description, *private)
     update = {name: value.astype(np.float32) for name, value in update.items()}
-    np.savez(folder / "update.npz", **update)
+    np.savez(folder / "update.npz", allow_pickle=False, **update)
     return folder
 
 
@@ -154,6 +154,7 @@ def test_same_seed_gives_the_same_files(tmp_path, crafted):
 def test_public_part_never_holds_a_private_image(crafted):
     description = json.loads((crafted / "victim.json").read_text())
     dataset = load_dataset("sample")
+    assert dataset.public is not None
     pixels, _ = dataset.take(np.flatnonzero(dataset.public))
     stats = Normalization.fit(pixels)
     assert description["num_public"] == 64

@@ -48,7 +48,7 @@ def _activations(bins, seed=1) -> np.ndarray:
     return h * (goal / np.einsum("nijc,ijc->n", h, PLAN.query))[:, None, None, None]
 
 
-def _observe(h, delta, plan=PLAN, *, noise=0.0, seed=5, dtype=np.float64) -> Observation:
+def _observe(h, delta, plan=PLAN, *, noise=0.0, seed=5, dtype: type = np.float64) -> Observation:
     """The gradient of the imprint layer, from its definition, neuron by neuron."""
     q = np.einsum("nijc,ijc->n", h, plan.query)
     kernel = np.zeros((h[0].size, BINS))

@@ -8,6 +8,7 @@ labels that reach the result.
 
 import ast
 import dataclasses
+import importlib
 import inspect
 from types import SimpleNamespace
 
@@ -43,10 +44,10 @@ def test_1_gradient_of_the_imprint_layer_does_not_vanish(setting, observation):
     released = setting.observe(params=ones)
     _, bias = _fc(observation)
     _, vanished = _fc(released)
-    # With a constant head only float32 rounding residue of the logits' sum is left.
+    # With a constant head only float32 rounding residue of the sum over classes is left, although
+    # its weights are num_bins times those of the crafted head.
     assert np.abs(vanished).max() < 1e-5
-    relative = np.abs(vanished).max() / np.abs(head["kernel"] * 0 + 1).max()
-    assert np.abs(bias).max() * setting.plan.num_bins / 1.0 > 1e-2 > relative
+    assert np.abs(bias).max() * setting.plan.num_bins > 1e-2
     single = setting.observe(setting.images[:1])
     assert np.abs(_fc(single)[1]).max() * setting.plan.num_bins > 0.2
 
@@ -117,7 +118,7 @@ def _support(coefficients: np.ndarray) -> float:
 
 
 def test_4_sparse_recovery_uses_a_true_block_transform(setting, monkeypatch):
-    module = inspect.getmodule(ares.invert)
+    module = importlib.import_module("jgia.attacks.ares.invert")
     seen = {}
 
     def spy(operator, y, mask, **kwargs):
@@ -167,9 +168,8 @@ def test_6_one_normalization_for_client_and_attacker(setting, observation, best_
     wrong = dataclasses.replace(setting.victim, normalization=other)
     psnr = {}
     for name, victim in (("same", setting.victim), ("other", wrong)):
-        loose = dataclasses.replace(candidates)
         inversion = ares.solve_candidates(
-            jax.random.key(2), loose, setting.plan, victim,
+            jax.random.key(2), candidates, setting.plan, victim,
             options=ares.AresOptions(), performance=SMALL,
         )  # fmt: skip
         psnr[name] = best_psnr(images, np.clip(inversion.images, 0, 1))
@@ -223,8 +223,9 @@ def test_8_labels_change_nothing(setting, best_psnr):
     assert len(first.images) == len(second.images) == 8
     assert best_psnr(first.images, second.images).min() > 100
     names = set()
-    for function in (ares.attack, ares.leak, ares.invert):
-        tree = ast.parse(inspect.getsource(inspect.getmodule(function)))
+    for name in ("attack", "leak", "invert"):
+        module = importlib.import_module(f"jgia.attacks.ares.{name}")
+        tree = ast.parse(inspect.getsource(module))
         names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
         names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
     assert len(names) > 50
