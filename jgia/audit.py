@@ -67,6 +67,7 @@ def run_audit(
       ValueError: the data, the model or the options do not fit; before anything expensive runs.
     """
     config = config or AuditConfig()
+    ares.solver_dtype(config.performance)  # refuse what is not available before any compute
     report = progress or (lambda stage, done, total: None)
     clock = StageClock()
     key_craft, key_client, key_attack = jax.random.split(jax.random.key(config.seed), 3)

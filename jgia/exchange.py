@@ -77,6 +77,7 @@ def attack_update(
     """
     report = progress or (lambda stage, done, total: None)
     clock = StageClock()
+    ares.solver_dtype(config.performance)
     report("reading the update", 0, 1)
     with clock.stage("setup_s"):
         description = _read_description(config.crafted / "victim.json")

@@ -26,6 +26,8 @@ class Status(enum.StrEnum):
 
     EXACT = "exact"
     """Over-determined, solved until the residual reached the read-out's own noise."""
+    NOISY = "noisy"
+    """Over-determined, but the update's noise leaves a larger residual; mixtures leave more."""
     REGULARIZED = "regularised"
     """Fewer equations than unknowns somewhere: filled in by the sparse prior."""
     RANK_DEFICIENT = "rank_deficient"
@@ -46,7 +48,13 @@ class Status(enum.StrEnum):
 
 
 _ACCEPTED = frozenset(
-    {Status.EXACT, Status.REGULARIZED, Status.RANK_DEFICIENT, Status.NOT_CONVERGED}
+    {
+        Status.EXACT,
+        Status.NOISY,
+        Status.REGULARIZED,
+        Status.RANK_DEFICIENT,
+        Status.NOT_CONVERGED,
+    }
 )
 
 

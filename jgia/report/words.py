@@ -9,6 +9,7 @@ from jgia.report.records import EXACT_PSNR, HEADLINE_DB, RECOGNIZABLE_DB, Number
 
 STATUS_MEANINGS = {
     "exact": "More equations than unknowns, solved down to the numerical noise of the update.",
+    "noisy": "More equations than unknowns, solved down to noise or rounding in the update.",
     "regularised": "Fewer equations than unknowns in places; a sparse prior filled in the rest.",
     "rank_deficient": "Enough equations by count, but they leave some pixels undetermined.",
     "not_converged": "The solver reached its iteration limit; this is its best image so far.",

@@ -92,6 +92,10 @@ def masked_least_squares(
     if tolerance is None:
         tolerance = 8 * float(jnp.finfo(y.dtype).eps)
     _checks.positive(tolerance=tolerance)
+    if not abandon_residual > 0:
+        raise ValueError(
+            f"abandon_residual must be positive, or infinite to keep all; got {abandon_residual!r}."
+        )
     limits = _Limits(tolerance, max_iterations, num_refinements, abandon_residual)
     return _solve(limits, operator, y, mask)
 
@@ -276,12 +280,12 @@ def _certify(
     norm = jnp.sqrt(_inner(data, data))
     relative = jnp.where(norm > 0, jnp.sqrt(_inner(residual, residual)) / _nonzero(norm), 0)
     gradient = jnp.sqrt(jnp.maximum(gamma, 0) / _nonzero(gamma_data))
-    gradient = jnp.where(gamma_data > 0, gradient, 0)
+    gradient = jnp.where(gamma_data == 0, 0, gradient)
     # The recomputed gradient carries the rounding of its own evaluation, hence the wider limit.
     eps = float(jnp.finfo(x.dtype).eps)
     limit = 16 * jnp.maximum(tolerance, eps * jnp.maximum(relative, 1))
     status = jnp.where(gradient <= limit, CONVERGED, MAX_ITERATIONS)
-    ok = finite & jnp.all(jnp.isfinite(x), axis=(0, 1, 2), keepdims=True)
+    ok = finite & jnp.isfinite(gradient) & jnp.all(jnp.isfinite(x), axis=(0, 1, 2), keepdims=True)
     return LeastSquaresResult(
         x=jnp.where(ok, x, 0),
         relative_residual=jnp.where(ok, relative, jnp.inf)[0, 0, 0],
@@ -329,7 +333,7 @@ def block_preconditioner(operator: ConvOperator, weight: Planes) -> _Preconditio
     scale = jnp.max(trace, axis=(0, 1), keepdims=True)
     ridge = 1e-3 * trace / num + 1e-6 * jnp.where(scale > 0, scale, 1)
     if num > 4:  # many channels: the diagonal alone, rather than unrolled factorizations
-        diagonal = jnp.stack([blocks[c, c] for c in range(num)]) + ridge
+        diagonal = jnp.stack([blocks[c, c] + ridge for c in range(num)])
         eye = jnp.eye(num, dtype=blocks.dtype)[:, :, None, None, None]
         return _Preconditioner(eye / diagonal[None])
     rows = [[blocks[i, j] + (ridge if i == j else 0) for j in range(num)] for i in range(num)]

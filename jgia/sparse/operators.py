@@ -8,6 +8,7 @@ No operator here ever forms a matrix of image size.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -59,13 +60,26 @@ class ConvOperator(NamedTuple):
         return blocks.reshape(num_in, num_in, *mask.shape[1:])
 
     def squared_norm_bound(self) -> Float[Array, ""]:
-        """Upper bound on the largest eigenvalue of ``M^T M`` for any image size.
+        """Upper bound on the largest eigenvalue of ``M^T M``, for any image size.
 
-        The spectral norm of the kernel's frequency response is at most that of the sum of its
-        taps' norms; Young's inequality gives ``||M|| <= sum_{a,b} ||kernel[a, b]||_2``.
+        Zero padding cuts a larger periodic image, so ``||M||^2`` is at most the maximum over all
+        frequencies of ``||K(w)||_2^2``, K the Fourier transform of the kernel. Along one axis
+        ``||K(w)^T v||^2`` is a trigonometric polynomial of degree ``k - 1``, whose maximum is at
+        most ``1 / cos(pi (k - 1) / n)`` times that over n equidistant points. With
+        ``n = 16 (k - 1)`` the bound is 4 % above the supremum over image sizes.
+
+        References:
+          H. Ehlich and K. Zeller, "Schwankung von Polynomen zwischen Gitterpunkten"
+          (Mathematische Zeitschrift 86, 1964).
         """
-        taps = self.kernel.reshape(-1, *_odd(self.kernel.shape)[2:])
-        return jnp.sum(jnp.linalg.norm(taps, ord=2, axis=(1, 2))) ** 2
+        kh, kw, num_in, num_out = _odd(self.kernel.shape)
+        points = [max(1, 16 * (side - 1)) for side in (kh, kw)]
+        response = jnp.fft.rfft2(self.kernel, s=points, axes=(0, 1))
+        if num_in > num_out:
+            response = jnp.swapaxes(response, -1, -2)
+        gram = _dot(response, jnp.conj(jnp.swapaxes(response, -1, -2)))
+        slack = [math.cos(math.pi * (k - 1) / n) for k, n in zip((kh, kw), points, strict=True)]
+        return jnp.max(jnp.linalg.eigvalsh(gram)) / math.prod(slack)
 
 
 def to_planes(images: Float[Array, "batch height width channels"]) -> Planes:

@@ -2,7 +2,7 @@
 
 from jgia.attacks.ares.attack import attack
 from jgia.attacks.ares.craft import craft, fit_thresholds, query_features
-from jgia.attacks.ares.invert import Inversion, invert, solve_candidates
+from jgia.attacks.ares.invert import invert, solve_candidates, solver_dtype
 from jgia.attacks.ares.leak import Candidates, leak
 from jgia.attacks.ares.plan import Plan, attackable_layers, read_plan
 from jgia.attacks.ares.theory import (
@@ -10,6 +10,7 @@ from jgia.attacks.ares.theory import (
     rtf_bound,
     singleton_standard_deviation,
 )
+from jgia.attacks.ares.verdict import Inversion
 from jgia.config import AresOptions, PerformanceFlags
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "rtf_bound",
     "singleton_standard_deviation",
     "solve_candidates",
+    "solver_dtype",
 ]

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ from jax import Array, lax
 
 from jgia.attacks.ares.leak import Candidates
 from jgia.attacks.ares.plan import Plan
+from jgia.attacks.ares.verdict import Inversion, judge, mark_duplicates
 from jgia.config import AresOptions, PerformanceFlags
 from jgia.models import Victim
-from jgia.observation import Reconstruction, Status
+from jgia.observation import Reconstruction
 from jgia.sparse import (
     ConvOperator,
     LassoOptions,
@@ -28,39 +29,15 @@ from jgia.sparse import (
     masked_least_squares,
     to_planes,
 )
-from jgia.sparse.least_squares import CONVERGED, NONFINITE
+from jgia.sparse.least_squares import CONVERGED
 
 SELECTED_BY = "least-squares residual on the active measurements"
 _DETERMINED = 1e-2  # a probe pixel within this many standard deviations is determined
-_PIXEL_SLACK = 0.02  # a recovered pixel may leave [0, 1] by this much before it is a mixture
 _PROBE_TOLERANCE = 1e-5  # leaves determined pixels some 1e-3 off, well inside _DETERMINED
 _ITERATIONS_PER_PASS = 150  # twice what a well-determined image takes
 _ABANDON_RESIDUAL = 0.02  # far above any single sample's: no more digits for a mixture
-_DUPLICATE_RMSE = 1e-3  # in pixel units
 _CACHE_BYTES = 2 << 20  # patches of one microbatch on CPU: stay inside the caches
 _DEVICE_BYTES = 512 << 20
-
-
-class Inversion(NamedTuple):
-    """What the solvers say about every candidate, on the host.
-
-    Attributes:
-      images: (J, H, W, C) pixels, not clipped.
-      residual: (J,) relative residual on the active equations.
-      determined: (J,) fraction of pixels that the active equations determine.
-      equations_per_unknown: (J,) active equations over unknown pixels.
-      range_excess: (J,) how far surely determined pixels leave [0, 1].
-      iterations: (J,) solver iterations.
-      status: (J,) solver status code.
-    """
-
-    images: np.ndarray
-    residual: np.ndarray
-    determined: np.ndarray
-    equations_per_unknown: np.ndarray
-    range_excess: np.ndarray
-    iterations: np.ndarray
-    status: np.ndarray
 
 
 def invert(
@@ -99,9 +76,9 @@ def invert(
     inversion = solve_candidates(
         key, candidates, plan, victim, options=options, performance=performance, progress=progress
     )
-    statuses = _statuses(candidates, inversion, options)
+    statuses = judge(candidates, inversion, options)
     images = np.clip(np.where(np.isfinite(inversion.images), inversion.images, 0), 0, 1)
-    _mark_duplicates(statuses, images, inversion.residual)
+    mark_duplicates(statuses, images, inversion.residual)
 
     accepted = [i for i, status in enumerate(statuses) if status.accepted]
     accepted.sort(key=lambda i: inversion.residual[i])
@@ -136,10 +113,12 @@ def solve_candidates(
     performance: PerformanceFlags,
     progress: Callable[[int], None] | None = None,
 ) -> Inversion:
-    """Run the solvers over all candidates in microbatches of one fixed shape."""
-    dtype = np.dtype(performance.dtype)
-    if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError("dtype='float64' needs float64 enabled: set JAX_ENABLE_X64=1.")
+    """Run the solvers over all candidates in microbatches of one fixed shape.
+
+    Raises:
+      ValueError: float64 was asked for and is not enabled.
+    """
+    dtype = solver_dtype(performance)
     workers = _num_workers()
     # What the read-out already shows to be a mixture is not solved.
     todo = np.flatnonzero(candidates.in_bracket & candidates.non_negative)
@@ -178,6 +157,18 @@ def solve_candidates(
         if progress is not None:
             progress(done)
     return total
+
+
+def solver_dtype(performance: PerformanceFlags) -> np.dtype:
+    """The arithmetic asked for, once it is known to be available.
+
+    Raises:
+      ValueError: float64 was asked for and is not enabled.
+    """
+    dtype = np.dtype(performance.dtype)
+    if dtype == np.float64 and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError("dtype='float64' needs float64 enabled: set JAX_ENABLE_X64=1.")
+    return dtype
 
 
 def _in_threads(
@@ -324,55 +315,6 @@ def _subtract_pairs(num: int, y: Array, mask: Array) -> tuple[Array, Array, Arra
     norm = jnp.sqrt(jnp.sum(plus**2 + minus**2, axis=(0, 1, 2)))
     residual = jnp.sqrt(jnp.sum(conflict**2, axis=(0, 1, 2))) / jnp.where(norm > 0, norm, 1)
     return plus - minus, residual, jnp.ones(plus.shape, bool)
-
-
-def _statuses(candidates: Candidates, inversion: Inversion, options: AresOptions) -> list[Status]:
-    """The single-sample tests, one verdict per candidate."""
-    activations = candidates.activations
-    flat = activations.reshape(len(activations), int(np.prod(activations.shape[1:])))
-    scale = np.sqrt(np.mean(flat**2, axis=1)) if len(candidates) else np.zeros(0)
-    statuses = []
-    for i in range(len(candidates)):
-        relative_noise = candidates.noise[i] / max(scale[i], 1e-300)
-        limit = max(options.mixture_residual, 4 * relative_noise)
-        if (
-            inversion.status[i] == NONFINITE
-            or not np.all(np.isfinite(flat[i]))
-            or not np.all(np.isfinite(inversion.images[i]))
-        ):
-            statuses.append(Status.NONFINITE)
-        elif (
-            not candidates.in_bracket[i]
-            or not candidates.non_negative[i]
-            or inversion.residual[i] > limit
-            or inversion.range_excess[i]
-            > _PIXEL_SLACK + 10 * candidates.noise[i] + 3 * candidates.scale_error[i]
-        ):
-            statuses.append(Status.MIXTURE)
-        elif inversion.equations_per_unknown[i] < 1 and inversion.determined[i] < 1:
-            statuses.append(Status.REGULARIZED)
-        elif inversion.determined[i] < 1:
-            statuses.append(Status.RANK_DEFICIENT)
-        elif inversion.status[i] != CONVERGED:
-            statuses.append(Status.NOT_CONVERGED)
-        else:
-            statuses.append(Status.EXACT)
-    return statuses
-
-
-def _mark_duplicates(statuses: list[Status], images: np.ndarray, residual: np.ndarray) -> None:
-    """Keep the candidate with the smallest residual of every set of equal images, in place."""
-    accepted = sorted(
-        (i for i, status in enumerate(statuses) if status.accepted), key=lambda i: residual[i]
-    )
-    kept: list[int] = []
-    for i in accepted:
-        others = images[kept].reshape(len(kept), images[i].size)
-        distance = np.sqrt(np.mean((others - images[i].ravel()) ** 2, axis=1))
-        if np.any(distance < _DUPLICATE_RMSE):
-            statuses[i] = Status.DUPLICATE
-        else:
-            kept.append(i)
 
 
 def _next_power_of_two(number: int) -> int:
