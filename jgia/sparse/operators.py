@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
@@ -74,10 +75,23 @@ class ConvOperator(NamedTuple):
         """
         kh, kw, num_in, num_out = _odd(self.kernel.shape)
         points = [max(1, 16 * (side - 1)) for side in (kh, kw)]
-        response = jnp.fft.rfft2(self.kernel, s=points, axes=(0, 1))
+        # Real arithmetic, with K(w) = R + i S as [[R, -S], [S, R]]; K(-w) is its conjugate.
+        v, w, a, b = np.ix_(
+            np.arange(points[0]) / points[0],
+            np.arange(points[1] // 2 + 1) / points[1],
+            np.arange(kh),
+            np.arange(kw),
+        )
+        phase = (2 * np.pi * (v * a + w * b)).reshape(-1, kh * kw)
+        taps = self.kernel.reshape(kh * kw, num_in * num_out)
+        real, imaginary = (
+            _dot(jnp.asarray(part, taps.dtype), taps).reshape(-1, num_in, num_out)
+            for part in (np.cos(phase), np.sin(phase))
+        )
+        response = jnp.block([[real, -imaginary], [imaginary, real]])
         if num_in > num_out:
             response = jnp.swapaxes(response, -1, -2)
-        gram = _dot(response, jnp.conj(jnp.swapaxes(response, -1, -2)))
+        gram = _dot(response, jnp.swapaxes(response, -1, -2))
         slack = [math.cos(math.pi * (k - 1) / n) for k, n in zip((kh, kw), points, strict=True)]
         return jnp.max(jnp.linalg.eigvalsh(gram)) / math.prod(slack)
 
