@@ -74,14 +74,48 @@ def basis_pursuit(
     return (None if value is None else basis @ value), seconds, status
 
 
-def lsqr_loop(activations: np.ndarray, matrix: Matrix) -> tuple[np.ndarray, float]:
-    """SciPy's LSQR, one candidate after the other, over a LinearOperator of its active rows."""
+def matrix_free(kernel: np.ndarray, height: int, width: int, active: np.ndarray) -> Matrix:
+    """The active rows of the first convolution as a LinearOperator: shifts around one product."""
+    kh, kw, channels, filters = kernel.shape
+    taps = kernel.reshape(-1, filters).astype(np.float64)
+    margin = ((kh // 2, kh // 2), (kw // 2, kw // 2), (0, 0))
+
+    def matvec(x: np.ndarray) -> np.ndarray:
+        padded = np.pad(x.reshape(height, width, channels), margin)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (kh, kw), axis=(0, 1))
+        patches = windows.transpose(0, 1, 3, 4, 2).reshape(height * width, -1)
+        return (patches @ taps).ravel()[active]
+
+    def rmatvec(y: np.ndarray) -> np.ndarray:
+        full = np.zeros(height * width * filters)
+        full[active] = y
+        patches = (full.reshape(-1, filters) @ taps.T).reshape(height, width, kh, kw, channels)
+        padded = np.zeros((height + kh - 1, width + kw - 1, channels))
+        for a in range(kh):
+            for b in range(kw):
+                padded[a : a + height, b : b + width] += patches[:, :, a, b]
+        return padded[kh // 2 : kh // 2 + height, kw // 2 : kw // 2 + width].ravel()
+
+    shape = (active.size, height * width * channels)
+    make: Any = spl.LinearOperator  # whose stubs know only the subclassing form
+    return make(shape, matvec=matvec, rmatvec=rmatvec, dtype=np.float64)
+
+
+def lsqr_loop(
+    activations: np.ndarray, kernel: np.ndarray, matrix: Matrix | None = None
+) -> tuple[np.ndarray, float]:
+    """SciPy's LSQR, one candidate after the other, on its active rows.
+
+    Matrix-free over a LinearOperator, or on the rows of an explicit sparse ``matrix``, which is
+    faster and exists for small images only (building it is not timed).
+    """
     start = time.perf_counter()
     solutions = []
     for activation in activations:
         measured = activation.ravel()
         active = np.flatnonzero(measured > 1e-6 * measured.max())
-        operator = spl.aslinearoperator(matrix[active])
-        solution = spl.lsqr(operator, measured[active], atol=1e-9, btol=1e-9, iter_lim=2000)
+        height, width, _ = activation.shape
+        rows = matrix_free(kernel, height, width, active) if matrix is None else matrix[active]
+        solution = spl.lsqr(rows, measured[active], atol=1e-9, btol=1e-9, iter_lim=2000)
         solutions.append(solution[0])
     return np.stack(solutions), time.perf_counter() - start
