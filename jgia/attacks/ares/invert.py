@@ -289,7 +289,7 @@ def _sparse(
 ) -> Array:
     """l1 recovery, then the smallest correction that restores the active equations."""
     shape = (operator.kernel.shape[2], y.shape[1], y.shape[2])
-    # Power iteration approaches from below, hence the margin.
+    # The estimate approaches from below, hence the margin.
     bound = 1.05 * largest_eigenvalue(key, operator, shape)
     x = masked_lasso(operator, y, mask, options=lasso, step_bound=bound).x
     remaining = jnp.where(mask, y - operator.apply(x), 0)
