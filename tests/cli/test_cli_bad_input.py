@@ -227,8 +227,10 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
 
 
+# A process started in the background inherits an ignored SIGINT; a terminal's does not.
 _SLEEPER = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import jgia.audit, jgia.cli
 
 def sleep(*_, **__):
