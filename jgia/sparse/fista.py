@@ -1,195 +1,257 @@
-"""Masked l1 recovery with one-sided constraints, for many right-hand sides at once."""
+"""Accelerated proximal gradient for a batch of l1 problems, each with its own step and stop."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Bool, Float, Int
 
 from jgia import _checks
-from jgia.sparse.bases import BlockDCT
-from jgia.sparse.operators import ConvOperator, Planes
+from jgia.sparse.problem import (
+    CONVERGED,
+    MAX_ITERATIONS,
+    STALLED,
+    Problem,
+    certify,
+    nonzero,
+    soft_threshold,
+    total,
+)
 
-_SAMPLE = (0, 1, 2)  # the axes of one sample
+_CONTINUATION, _CONTINUATION_STEPS = 0.7, 40
+_SHRINK, _GROW = 0.9, 1.2
+_PATIENCE = 10  # checks without progress, at the rounding floor, before a sample is given up
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LassoOptions:
-    """How hard to try; static under ``jit``.
+class FistaOptions:
+    """When to stop; static under ``jit``.
 
     Attributes:
-      lam_ratio: the last l1 weight as a fraction of ``lam_max`` (the smallest weight whose
-        solution is zero). Small values approach the equality-constrained problem.
-      num_stages: steps of the continuation from ``lam_max`` down, geometric, warm-started.
-      iterations_per_stage: accelerated proximal gradient steps of each stage.
-      one_sided: also ask ``(M x)_i <= 0`` of the equations outside the mask.
+      tolerance: largest duality gap relative to the objective at which a sample counts as
+        solved; 1e-4 in float32 and 1e-9 in float64 when left out.
+      max_iterations: at most so many steps.
+      check_every: steps between two evaluations of the gap, each half a step's work.
     """
 
-    lam_ratio: float = 1e-4
-    num_stages: int = 8
-    iterations_per_stage: int = 100
-    one_sided: bool = True
+    tolerance: float | None = None
+    max_iterations: int = 10_000
+    check_every: int = 5
 
     def __post_init__(self) -> None:
-        _checks.fraction(lam_ratio=self.lam_ratio)
-        _checks.at_least(1, num_stages=self.num_stages)
-        _checks.at_least(1, iterations_per_stage=self.iterations_per_stage)
+        if self.tolerance is not None:
+            _checks.positive(tolerance=self.tolerance)
+        _checks.at_least(1, max_iterations=self.max_iterations, check_every=self.check_every)
 
 
-class LassoResult(NamedTuple):
-    """Solution and certificate, per right-hand side.
+class Solution(NamedTuple):
+    """Coefficients (n, J), their measurements (m, J), and certificate and account, (1, J)."""
 
-    Attributes:
-      x: (C, H, W, J) images.
-      lam: (J,) the last l1 weight.
-      objective: (J,) objective at x and lam.
-      duality_gap: (J,) objective minus a feasible dual value at the returned point: an upper
-        bound on how far the objective is from its minimum.
-      violation: (J,) largest positive ``(M x)_i`` outside the mask.
-      iterations: (J,) iterations done.
-      finite: (J,) whether the data and the result were finite; x is zero where not.
-    """
-
-    x: Planes
-    lam: Float[Array, " batch"]
-    objective: Float[Array, " batch"]
-    duality_gap: Float[Array, " batch"]
-    violation: Float[Array, " batch"]
-    iterations: Int[Array, " batch"]
-    finite: Bool[Array, " batch"]
+    c: Array
+    u: Array
+    objective: Array
+    gap: Array
+    iterations: Array
+    status: Array
 
 
-def masked_lasso(
-    operator: ConvOperator,
-    y: Planes,
-    mask: Bool[Array, "channels height width batch"],
-    *,
-    basis: BlockDCT | None = None,
-    options: LassoOptions | None = None,
-    step_bound: Float[Array, ""] | None = None,
-) -> LassoResult:
-    """Minimize ``f(M Psi c) + lam ||c||_1`` for a decreasing sequence of lam; ``x = Psi c``.
+class _State(NamedTuple):
+    c: Array  # the point
+    u: Array  # its measurements
+    v: Array  # the extrapolated point
+    uv: Array  # its measurements, by linearity
+    fit: Array  # the data term at c
+    norm: Array  # the penalty at c
+    momentum: Array
+    curvature: Array
 
-    ``f(u) = 1/2 ||mask * (u - y)||^2 + 1/2 ||(1 - mask) * max(u, 0)||^2``: equations where a
-    rectified measurement was active, a squared hinge where it was not. FISTA (Beck and Teboulle
-    2009) with the gradient-based restart of O'Donoghue and Candes (2015, arXiv 1204.3982),
-    continuation in lam, all samples in one batch with their own lam.
+
+class _Progress(NamedTuple):
+    state: _State
+    objective: Array
+    gap: Array
+    error: Array  # what is compared with the tolerance
+    best: Array
+    waited: Array
+    done: Array
+    iterations: Array
+    steps: Array
+    fresh: Array  # no check yet
+
+
+def default_tolerance(dtype: jax.typing.DTypeLike) -> float:
+    """1e-4 in single, where rounding may not allow less, 1e-9 in double precision."""
+    return 1e-9 if jnp.finfo(dtype).eps < 1e-10 else 1e-4
+
+
+def fista(
+    problem: Problem, init: Array | None, correlation: Array, options: FistaOptions
+) -> Solution:
+    """Minimize from ``init``, or from zero along a decreasing sequence of lam.
+
+    FISTA with the gradient-based restart. A step of length 1/L is taken if the data term's
+    curvature along it is at most L, or if the objective falls; L then shrinks by a tenth, and
+    grows to 1.2 times a curvature it was found below. Along sparse steps the curvature is
+    several times lower than the largest eigenvalue of ``A^T A``, whose inverse is the usual
+    step, and no bound on that eigenvalue is needed. Measurements of the extrapolated point follow
+    by linearity, so that a step costs one product with A and one with its adjoint.
 
     Args:
-      operator: linear map M.
-      y: (F, H, W, J) data; ignored outside the mask.
-      mask: (F, H, W, J) active equations.
-      basis: orthonormal synthesis basis Psi; 8x8 blocks when left out.
-      options: continuation and iteration counts.
-      step_bound: upper bound on the largest eigenvalue of ``M^T M``; computed from the kernel
-        when left out.
+      problem: what to minimize.
+      init: (n, J) where to start; None starts from zero with lam falling from lam_max by 0.7
+        per step.
+      correlation: (n, J) ``|Psi^T A^T y|``.
+      options: when to stop.
 
-    Returns:
-      A :class:`LassoResult`.
-
-    Raises:
-      ValueError: shapes do not fit.
-
-    Guarantees: a fixed number of steps, so ``jit``, ``vmap`` and ``grad`` pass through (the
-      derivative is that of the unrolled iteration).
+    References:
+      A. Beck and M. Teboulle, "A fast iterative shrinkage-thresholding algorithm for linear
+        inverse problems" (SIAM J. Imaging Sci. 2, 2009), equations 4.1 to 4.3.
+      B. O'Donoghue and E. Candes, "Adaptive restart for accelerated gradient schemes" (2012,
+        arXiv 1204.3982), equation 13.
     """
-    basis, options = basis or BlockDCT(), options or LassoOptions()
-    if y.shape != mask.shape:
-        raise ValueError(f"y and mask must have one shape, got {y.shape} and {mask.shape}.")
-    if y.shape[0] != operator.kernel.shape[-1]:
-        raise ValueError(
-            f"y has {y.shape[0]} channels, the operator maps to {operator.kernel.shape[-1]}."
-        )
-    finite = jnp.all(jnp.isfinite(y) | ~mask, axis=_SAMPLE, keepdims=True)
-    weight = mask.astype(y.dtype)
-    data = jnp.where(mask & finite, y, 0)
-    bound = operator.squared_norm_bound() if step_bound is None else step_bound
-    step = 1 / bound
+    tolerance = options.tolerance or default_tolerance(problem.data.dtype)
+    largest = jnp.max(correlation / problem.weights, axis=0, keepdims=True)
+    start = _start(problem, init, correlation)
+    lowest = 1e-3 * start.curvature
 
-    def residual(u: Array) -> Array:
-        """The gradient of f at u."""
-        outside = (1 - weight) * jnp.maximum(u, 0) if options.one_sided else 0
-        return weight * u - data + outside
+    def round_(progress: _Progress) -> _Progress:
+        steps = jnp.minimum(options.check_every, options.max_iterations - progress.steps)
+        steps = jnp.where(progress.fresh, 0, steps)  # the start may be a solution
 
-    def gradient(c: Array) -> Array:
-        u = operator.apply(basis.synthesize(c))
-        return basis.analyze(operator.adjoint(residual(u)))
+        def one(k: Array, state: _State) -> _State:
+            lam = problem.lam
+            if init is None:
+                count = progress.steps + k
+                early = jnp.maximum(lam, largest * _CONTINUATION ** (count + 1).astype(lam.dtype))
+                lam = jnp.where(count < _CONTINUATION_STEPS, early, lam)
+            return _step(problem, state, lam, lowest, progress.done)
 
-    correlation = basis.analyze(operator.adjoint(data))
-    lam_max = jnp.max(jnp.abs(correlation), axis=_SAMPLE, keepdims=True)
+        state = lax.fori_loop(0, steps, one, progress.state)
+        return _check(problem, progress, state, steps, largest, tolerance)
 
-    def iterate(carry: tuple[Array, ...], lam: Array) -> tuple[tuple[Array, ...], None]:
-        c, v, t = carry
-        moved = v - step * gradient(v)
-        c_next = _soft_threshold(moved, step * lam)
-        # Restart when the momentum points uphill (arXiv 1204.3982, eq. 13).
-        uphill = _total((v - c_next) * (c_next - c)) > 0
-        t = jnp.where(uphill, 1, t)
-        t_next = (1 + jnp.sqrt(1 + 4 * t**2)) / 2
-        v_next = c_next + (t - 1) / t_next * (c_next - c)
-        return (c_next, v_next, t_next), None
-
-    num = options.num_stages
-    ratios = options.lam_ratio ** (jnp.arange(1, num + 1, dtype=y.dtype) / num)
-    per_step = jnp.repeat(ratios, options.iterations_per_stage)
-    lams = per_step[:, None, None, None, None] * lam_max[None]
-    start = (jnp.zeros_like(correlation), jnp.zeros_like(correlation), jnp.ones_like(lam_max))
-    (c, _, _), _ = lax.scan(iterate, start, lams)
-
-    lam = lams[-1]
-    x = basis.synthesize(c)
-    u = operator.apply(x)
-    objective, gap = _certificate(
-        c, u, residual(u), data, weight, lam, basis, operator, options.one_sided
+    none = jnp.zeros(start.fit.shape, jnp.int32)
+    unknown = jnp.full(start.fit.shape, jnp.inf, start.fit.dtype)
+    first = _Progress(
+        state=start,
+        objective=unknown,
+        gap=unknown,
+        error=unknown,
+        best=unknown,
+        waited=none,
+        done=none > 0,
+        iterations=none,
+        steps=jnp.zeros((), jnp.int32),
+        fresh=jnp.ones((), bool),
     )
-    ok = finite & jnp.all(jnp.isfinite(x), axis=_SAMPLE, keepdims=True)
-    return LassoResult(
-        x=jnp.where(ok, x, 0),
-        lam=lam[0, 0, 0],
-        objective=jnp.where(ok, objective, jnp.inf)[0, 0, 0],
-        duality_gap=jnp.where(ok, gap, jnp.inf)[0, 0, 0],
-        violation=jnp.max((1 - weight) * jnp.maximum(u, 0), axis=_SAMPLE),
-        iterations=jnp.full(y.shape[-1], per_step.shape[0], jnp.int32),
-        finite=ok[0, 0, 0],
+    end = lax.while_loop(
+        lambda p: (p.steps < options.max_iterations) & ~jnp.all(p.done), round_, first
+    )
+    status = jnp.where(end.done, STALLED, MAX_ITERATIONS)
+    return Solution(
+        c=end.state.c,
+        u=end.state.u,
+        objective=end.objective,
+        gap=end.gap,
+        iterations=end.iterations,
+        status=jnp.where(end.error <= tolerance, CONVERGED, status).astype(jnp.int32),
     )
 
 
-def _certificate(
-    c: Array,
-    u: Array,
-    residual: Array,
-    data: Array,
-    weight: Array,
-    lam: Array,
-    basis: BlockDCT,
-    operator: ConvOperator,
-    one_sided: bool,
-) -> tuple[Array, Array]:
-    """Objective and duality gap ``f(u) + lam |c|_1 + f*(nu)``, nu a scaled, feasible residual.
+def _start(problem: Problem, init: Array | None, correlation: Array) -> _State:
+    """The first point, and a lower bound on the largest curvature for its first step.
 
-    With ``nu = s * grad f(u)``, ``f*(nu) = sum_mask (nu^2 / 2 + nu y) + sum_outside nu^2 / 2``
-    (outside the mask nu >= 0 by construction), and s is the largest factor <= 1 for which
-    ``|Psi^T M^T nu|_inf <= lam``.
+    ``(max_i |A_i^T y| / ||y||)^2 <= max_i ||A_i||^2``, at most the largest eigenvalue.
     """
-    hinge = _total(((1 - weight) * jnp.maximum(u, 0)) ** 2) if one_sided else 0
-    fit = _total((weight * u - data) ** 2)
-    objective = (fit + hinge) / 2 + lam * _total(jnp.abs(c))
-    correlation = jnp.max(
-        jnp.abs(basis.analyze(operator.adjoint(residual))), axis=_SAMPLE, keepdims=True
+    if init is None:
+        c, u = jnp.zeros_like(correlation), jnp.zeros_like(problem.data)
+    else:
+        c, u = init, problem.maps.forward(init)
+    square = total(problem.data**2)
+    curvature = jnp.max(correlation, axis=0, keepdims=True) ** 2 / nonzero(square)
+    return _State(
+        c=c,
+        u=u,
+        v=c,
+        uv=u,
+        fit=total(problem.residual(u) ** 2) / 2,
+        norm=total(problem.weights * jnp.abs(c)),
+        momentum=jnp.ones_like(curvature),
+        curvature=jnp.where(curvature > 0, curvature, 1),
     )
-    scale = jnp.minimum(1, lam / jnp.where(correlation > 0, correlation, 1))
-    nu = scale * residual
-    conjugate = _total(nu**2) / 2 + _total(weight * nu * data)
-    return objective, objective + conjugate
 
 
-def _total(a: Array) -> Array:
-    """Sum over everything but the batch: (1, 1, 1, J)."""
-    return jnp.sum(a, axis=_SAMPLE, keepdims=True)
+def _step(problem: Problem, state: _State, lam: Array, lowest: Array, done: Array) -> _State:
+    eps = float(jnp.finfo(lam.dtype).eps)
+    v, length = state.v, 1 / state.curvature
+    moved = v + length * problem.maps.adjoint(problem.residual(state.uv))
+    c = soft_threshold(moved, length * lam * problem.weights)
+    u = problem.maps.forward(c)
+    fit, norm = total(problem.residual(u) ** 2) / 2, total(problem.weights * jnp.abs(c))
+
+    size, curved = total((c - v) ** 2), _curved(problem, u, state.uv)
+    found = curved / nonzero(size)
+    # A difference of measurements that is rounding says nothing about the curvature.
+    above = (found > state.curvature) & (curved > (64 * eps) ** 2 * total(u**2))
+    falls = fit + lam * norm <= state.fit + lam * state.norm
+    take = (~above | falls) & ~done
+    slower = jnp.where(size > 0, jnp.maximum(_SHRINK * state.curvature, lowest), state.curvature)
+    curvature = jnp.where(above, _GROW * found, slower)
+
+    # Restart when the momentum points uphill (arXiv 1204.3982, equation 13).
+    uphill = total((v - c) * (c - state.c)) > 0
+    last = jnp.where(uphill, 1, state.momentum)
+    momentum = (1 + jnp.sqrt(1 + 4 * last**2)) / 2
+    ahead = (last - 1) / momentum
+    following = _State(
+        c=c,
+        u=u,
+        v=c + ahead * (c - state.c),
+        uv=u + ahead * (u - state.u),
+        fit=fit,
+        norm=norm,
+        momentum=momentum,
+        curvature=curvature,
+    )
+    chosen = jax.tree.map(lambda new, old: jnp.where(take, new, old), following, state)
+    return chosen._replace(curvature=jnp.where(done, state.curvature, curvature))
 
 
-def _soft_threshold(x: Array, lam: Array) -> Array:
-    return jnp.sign(x) * jnp.maximum(jnp.abs(x) - lam, 0)
+def _curved(problem: Problem, u: Array, uv: Array) -> Array:
+    """``d^T H d`` for the step between two points, H the largest Hessian of the data term there."""
+    rows = problem.weight
+    if problem.one_sided:
+        rows = jnp.where((u > 0) | (uv > 0), 1, rows)
+    return total(rows * (u - uv) ** 2)
+
+
+def _check(
+    problem: Problem,
+    progress: _Progress,
+    state: _State,
+    steps: Array,
+    largest: Array,
+    tolerance: float,
+) -> _Progress:
+    eps = float(jnp.finfo(state.c.dtype).eps)
+    objective, gap, correlation = certify(problem, state.c, state.u)
+    free = problem.lam == 0
+    error = jnp.where(free, correlation / nonzero(largest), gap / nonzero(objective))
+    # Rounding of the measurements perturbs every correlation by about eps lam_max.
+    floor = 4 * eps * (1 + jnp.where(free, 0, largest * state.norm / nonzero(objective)))
+    waited = jnp.where((error < 0.9 * progress.best) | progress.done, 0, progress.waited + 1)
+    stuck = (waited >= _PATIENCE) & (error <= floor)
+    return _Progress(
+        state=state,
+        objective=objective,
+        gap=gap,
+        error=error,
+        best=jnp.minimum(error, progress.best),
+        waited=waited,
+        done=progress.done | (error <= tolerance) | stuck | ~jnp.isfinite(objective),
+        iterations=jnp.where(progress.done, progress.iterations, progress.steps + steps),
+        steps=progress.steps + steps,
+        fresh=jnp.zeros((), bool),
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float, Int
 
 from jgia import _checks
-from jgia.sparse.operators import ConvOperator, Planes
+from jgia.sparse.operators import Domain, LinearOperator, Range
+from jgia.sparse.preconditioners import preconditioner
 
 CONVERGED, MAX_ITERATIONS, NONFINITE = 0, 1, 2
 
@@ -21,7 +23,7 @@ class LeastSquaresResult(NamedTuple):
     """Solution and its certificate, per right-hand side.
 
     Attributes:
-      x: (C, H, W, J) minimizers; all-zero where the status is ``NONFINITE``.
+      x: (*domain, J) minimizers; all-zero where the status is ``NONFINITE``.
       relative_residual: (J,) ``||mask * (M x - y)|| / ||mask * y||`` at the returned point (0 for
         a zero right-hand side).
       gradient: (J,) normalized norm of the normal equations' residual at the returned point,
@@ -30,7 +32,7 @@ class LeastSquaresResult(NamedTuple):
       status: (J,) ``CONVERGED``, ``MAX_ITERATIONS`` or ``NONFINITE``.
     """
 
-    x: Planes
+    x: Domain
     relative_residual: Float[Array, " batch"]
     gradient: Float[Array, " batch"]
     iterations: Int[Array, " batch"]
@@ -38,9 +40,9 @@ class LeastSquaresResult(NamedTuple):
 
 
 def masked_least_squares(
-    operator: ConvOperator,
-    y: Planes,
-    mask: Bool[Array, "channels height width batch"],
+    operator: LinearOperator,
+    y: Range,
+    mask: Bool[Array, "*range batch"],
     *,
     tolerance: float | None = None,
     max_iterations: int = 500,
@@ -50,15 +52,17 @@ def masked_least_squares(
     """Solve ``min_x 1/2 || mask * (M x - y) ||^2`` for every sample of a batch at once.
 
     Conjugate gradients on the normal equations in CGLS form (the residual is kept in data space,
-    so accuracy follows cond(M), not its square), preconditioned by the exact C x C pixel blocks
-    of ``M^T diag(mask) M``. Each sample has its own step lengths and stops on its own; a stopped
-    sample no longer changes. ``num_refinements`` restarts from the true residual remove the
-    drift of the recursion.
+    so accuracy follows cond(M), not its square), preconditioned by what the operator tells of
+    ``M^T diag(mask) M``: a convolution its exact C x C pixel blocks, a matrix or a fully connected
+    layer its exact diagonal, others nothing. Each sample has its own step lengths and stops on
+    its own; a stopped sample no longer changes. ``num_refinements`` restarts from the true
+    residual remove the drift of the recursion.
 
     Args:
-      operator: the linear map M.
-      y: (F, H, W, J) data.
-      mask: (F, H, W, J) which equations count.
+      operator: the linear map M, a pytree with the methods of
+        :class:`~jgia.sparse.operators.LinearOperator`.
+      y: (*range, J) data; (F, H, W, J) for a convolution, (m, J) for a matrix.
+      mask: (*range, J) which equations count.
       tolerance: relative size of the gradient at which a sample stops; default ``8 eps`` of the
         dtype.
       max_iterations: per pass.
@@ -85,10 +89,9 @@ def masked_least_squares(
     _checks.at_least(0, num_refinements=num_refinements)
     if y.shape != mask.shape:
         raise ValueError(f"y and mask must have one shape, got {y.shape} and {mask.shape}.")
-    if y.shape[0] != operator.kernel.shape[-1]:
-        raise ValueError(
-            f"y has {y.shape[0]} channels, the operator maps to {operator.kernel.shape[-1]}."
-        )
+    domain = jax.eval_shape(operator.adjoint, y)
+    if (expected := jax.eval_shape(operator.apply, domain).shape) != y.shape:
+        raise ValueError(f"y has shape {y.shape}, the operator maps to {expected}.")
     if tolerance is None:
         tolerance = 8 * float(jnp.finfo(y.dtype).eps)
     _checks.positive(tolerance=tolerance)
@@ -108,11 +111,11 @@ class _Limits(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _solve(limits: _Limits, operator: ConvOperator, y: Array, mask: Array) -> LeastSquaresResult:
+def _solve(limits: _Limits, operator: LinearOperator, y: Array, mask: Array) -> LeastSquaresResult:
     weight = mask.astype(y.dtype)
-    precondition = block_preconditioner(operator, weight)
-    finite = jnp.all(jnp.isfinite(y) | ~mask, axis=(0, 1, 2), keepdims=True)
-    data, unit = _in_units(jnp.where(mask & finite, y, 0))
+    precondition = preconditioner(operator, weight)
+    finite = jnp.all(jnp.isfinite(y) | ~mask, axis=_sample_axes(y))
+    data, unit = _in_units(jnp.where(mask & _each(finite, y), y, 0))
 
     def gradient_of(residual: Array) -> tuple[Array, Array]:
         s = operator.adjoint(residual)
@@ -130,43 +133,43 @@ def _solve(limits: _Limits, operator: ConvOperator, y: Array, mask: Array) -> Le
         dx, used = _cgls(operator, precondition, weight, residual, goal_now, limits.max_iterations)
         return x + dx, iterations + used
 
-    x = jnp.zeros((operator.kernel.shape[2], *y.shape[1:]), y.dtype)
-    iterations = jnp.zeros((1, 1, 1, y.shape[-1]), jnp.int32)
+    x = jnp.zeros(jax.eval_shape(operator.adjoint, y).shape, y.dtype)
+    iterations = jnp.zeros(y.shape[-1], jnp.int32)
     x, iterations = lax.fori_loop(0, 1 + limits.num_refinements, one_pass, (x, iterations))
 
     residual = data - weight * operator.apply(x)
     _, gamma = gradient_of(residual)
     result = _certify(x, data, residual, gamma, gamma_data, iterations, finite, limits.tolerance)
-    return result._replace(x=unit * result.x)
+    return result._replace(x=_each(unit, x) * result.x)
 
 
 def _solve_forward(
-    limits: _Limits, operator: ConvOperator, y: Array, mask: Array
-) -> tuple[LeastSquaresResult, tuple[ConvOperator, Array, Array, LeastSquaresResult]]:
+    limits: _Limits, operator: LinearOperator, y: Array, mask: Array
+) -> tuple[LeastSquaresResult, tuple[LinearOperator, Array, Array, LeastSquaresResult]]:
     result: LeastSquaresResult = _solve(limits, operator, y, mask)  # pyright: ignore[reportAssignmentType]
     return result, (operator, y, mask, result)
 
 
 def _solve_backward(
     limits: _Limits,
-    saved: tuple[ConvOperator, Array, Array, LeastSquaresResult],
+    saved: tuple[LinearOperator, Array, Array, LeastSquaresResult],
     cotangent: LeastSquaresResult,
-) -> tuple[ConvOperator, Array, None]:
+) -> tuple[LinearOperator, Array, None]:
     operator, y, mask, result = saved
     weight = mask.astype(y.dtype)
-    precondition = block_preconditioner(operator, weight)
-    ok = (result.status != NONFINITE)[None, None, None, :]
-    data = jnp.where(mask & ok, y, 0)
+    precondition = preconditioner(operator, weight)
+    ok = result.status != NONFINITE
+    data = jnp.where(mask & _each(ok, y), y, 0)
     # lam solves (M^T mask M) lam = x_bar; then <x_bar, dx> is the differential of
     # <mask * M lam, y - M x> with lam and x held fixed.
-    b, unit = _in_units(jnp.where(ok, cotangent.x, 0))
-    lam = unit * _solve_normal(operator, precondition, weight, b, limits)
+    b, unit = _in_units(jnp.where(_each(ok, cotangent.x), cotangent.x, 0))
+    lam = _each(unit, b) * _solve_normal(operator, precondition, weight, b, limits)
 
-    def linearized(operator: ConvOperator, data: Array) -> Array:
+    def linearized(operator: LinearOperator, data: Array) -> Array:
         residual = data - weight * operator.apply(result.x)
         return jnp.sum(weight * operator.apply(lam) * residual)
 
-    operator_bar, y_bar = jax.grad(linearized, argnums=(0, 1))(operator, data)
+    operator_bar, y_bar = jax.grad(linearized, argnums=(0, 1), allow_int=True)(operator, data)
     return operator_bar, y_bar, None
 
 
@@ -174,8 +177,8 @@ _solve.defvjp(_solve_forward, _solve_backward)
 
 
 def _cgls(
-    operator: ConvOperator,
-    precondition: _Preconditioner,
+    operator: LinearOperator,
+    precondition: Callable[[Array], Array],
     weight: Array,
     residual: Array,
     goal: Array,
@@ -206,15 +209,15 @@ def _cgls(
         curvature = _inner(q, q)
         live = running(gamma) & (curvature > 0)
         alpha = jnp.where(live, gamma / jnp.where(live, curvature, 1), 0)
-        x = x + alpha * p
-        r = r - alpha * q
+        x = x + _each(alpha, p) * p
+        r = r - _each(alpha, q) * q
         s = operator.adjoint(r)
         z = precondition(s)
         gamma_next = _inner(s, z)
         gamma_next = jnp.where(gamma_next > floor * _inner(r, r), gamma_next, 0)
         gamma_next = jnp.where(live, gamma_next, 0)
         beta = jnp.where(live, gamma_next / jnp.where(live, gamma, 1), 0)
-        p = jnp.where(live, z + beta * p, p)
+        p = jnp.where(_each(live, p), z + _each(beta, p) * p, p)
         return (x, r, p, gamma_next, used + live.astype(jnp.int32)), k + 1
 
     (x, _, _, _, used), _ = lax.while_loop(cond, body, (start, jnp.zeros((), jnp.int32)))
@@ -222,8 +225,8 @@ def _cgls(
 
 
 def _solve_normal(
-    operator: ConvOperator,
-    precondition: _Preconditioner,
+    operator: LinearOperator,
+    precondition: Callable[[Array], Array],
     weight: Array,
     b: Array,
     limits: _Limits,
@@ -253,11 +256,12 @@ def _solve_normal(
         curvature = _inner(q, precondition(q))
         live = (gamma > goal) & (curvature > 0)
         alpha = jnp.where(live, gamma / jnp.where(live, curvature, 1), 0)
-        lam, r = lam + alpha * direction, r - alpha * q
+        lam, r = lam + _each(alpha, lam) * direction, r - _each(alpha, r) * q
         z, s, gamma_next = gradient_of(r)
         gamma_next = jnp.where(live, gamma_next, 0)
         beta = jnp.where(live, gamma_next / jnp.where(live, gamma, 1), 0)
-        return lam, r, z + beta * direction, s + beta * p, gamma_next, k + 1
+        direction, p = z + _each(beta, z) * direction, s + _each(beta, s) * p
+        return lam, r, direction, p, gamma_next, k + 1
 
     def one_pass(_: Array, lam: Array) -> Array:
         r = b - operator.adjoint(weight * operator.apply(lam))
@@ -285,74 +289,35 @@ def _certify(
     eps = float(jnp.finfo(x.dtype).eps)
     limit = 16 * jnp.maximum(tolerance, eps * jnp.maximum(relative, 1))
     status = jnp.where(gradient <= limit, CONVERGED, MAX_ITERATIONS)
-    ok = finite & jnp.isfinite(gradient) & jnp.all(jnp.isfinite(x), axis=(0, 1, 2), keepdims=True)
+    ok = finite & jnp.isfinite(gradient) & jnp.all(jnp.isfinite(x), axis=_sample_axes(x))
     return LeastSquaresResult(
-        x=jnp.where(ok, x, 0),
-        relative_residual=jnp.where(ok, relative, jnp.inf)[0, 0, 0],
-        gradient=jnp.where(ok, gradient, jnp.inf)[0, 0, 0],
-        iterations=iterations[0, 0, 0],
-        status=jnp.where(ok, status, NONFINITE).astype(jnp.int32)[0, 0, 0],
+        x=jnp.where(_each(ok, x), x, 0),
+        relative_residual=jnp.where(ok, relative, jnp.inf),
+        gradient=jnp.where(ok, gradient, jnp.inf),
+        iterations=iterations,
+        status=jnp.where(ok, status, NONFINITE).astype(jnp.int32),
     )
 
 
 def _inner(a: Array, b: Array) -> Array:
-    """Inner product over everything but the batch: (1, 1, 1, J)."""
-    return jnp.sum(a * b, axis=(0, 1, 2), keepdims=True)
+    """Inner product over everything but the batch: (J,)."""
+    return jnp.sum(a * b, axis=_sample_axes(a))
+
+
+def _sample_axes(a: Array) -> tuple[int, ...]:
+    return tuple(range(a.ndim - 1))
+
+
+def _each(value: Array, a: Array) -> Array:
+    """One value per sample, (J,), shaped to broadcast against samples (..., J)."""
+    return value.reshape((1,) * (a.ndim - 1) + value.shape)
 
 
 def _in_units(a: Array) -> tuple[Array, Array]:
     """Each sample divided by its largest magnitude, so that no square leaves the float range."""
-    unit = _nonzero(jnp.max(jnp.abs(a), axis=(0, 1, 2), keepdims=True))
-    return a / unit, unit
+    unit = _nonzero(jnp.max(jnp.abs(a), axis=_sample_axes(a)))
+    return a / _each(unit, a), unit
 
 
 def _nonzero(x: Array) -> Array:
     return jnp.where(x > 0, x, 1)
-
-
-class _Preconditioner(NamedTuple):
-    """Inverse pixel blocks (C, C, H, W, J), applied as a C x C product at every pixel."""
-
-    inverse: Array
-
-    def __call__(self, x: Array) -> Array:
-        # Unrolled: a reduction over this short middle axis is 100x slower on XLA:CPU.
-        num = x.shape[0]
-        return jnp.stack([sum(self.inverse[i, j] * x[j] for j in range(num)) for i in range(num)])
-
-
-def block_preconditioner(operator: ConvOperator, weight: Planes) -> _Preconditioner:
-    """Invert the C x C diagonal blocks of ``M^T diag(weight) M`` at every pixel.
-
-    A relative ridge keeps pixels that no equation touches, or that fewer than C equations
-    touch, finite; it changes the path of the iteration, never its limit.
-    """
-    blocks = operator.pixel_blocks(weight)
-    num = blocks.shape[0]
-    trace = sum(blocks[c, c] for c in range(num))
-    scale = jnp.max(trace, axis=(0, 1), keepdims=True)
-    ridge = 1e-3 * trace / num + 1e-6 * jnp.where(scale > 0, scale, 1)
-    if num > 4:  # many channels: the diagonal alone, rather than unrolled factorizations
-        diagonal = jnp.stack([blocks[c, c] + ridge for c in range(num)])
-        eye = jnp.eye(num, dtype=blocks.dtype)[:, :, None, None, None]
-        return _Preconditioner(eye / diagonal[None])
-    rows = [[blocks[i, j] + (ridge if i == j else 0) for j in range(num)] for i in range(num)]
-    inverse = _invert_unrolled(rows)
-    return _Preconditioner(jnp.stack([jnp.stack(row) for row in inverse]))
-
-
-def _invert_unrolled(a: list[list[Array]]) -> list[list[Array]]:
-    """Gauss-Jordan on a small symmetric positive definite matrix of arrays, no pivoting."""
-    num = len(a)
-    one = jnp.ones_like(a[0][0])
-    inverse = [[one if i == j else jnp.zeros_like(one) for j in range(num)] for i in range(num)]
-    for i in range(num):
-        pivot = 1 / a[i][i]
-        a[i] = [v * pivot for v in a[i]]
-        inverse[i] = [v * pivot for v in inverse[i]]
-        for k in range(num):
-            if k != i:
-                factor = a[k][i]
-                a[k] = [u - factor * v for u, v in zip(a[k], a[i], strict=True)]
-                inverse[k] = [u - factor * v for u, v in zip(inverse[k], inverse[i], strict=True)]
-    return [[(inverse[i][j] + inverse[j][i]) / 2 for j in range(num)] for i in range(num)]

@@ -3,97 +3,182 @@
 Images are stored as *planes* ``(C, H, W, J)``: channels first, batch last. A small convolution
 then is a handful of contiguous shifts around one matrix product, which XLA runs well inside a
 ``while_loop`` on every backend (its CPU convolution does not), and the batch fills vector lanes.
-No operator here ever forms a matrix of image size.
+Vectors are ``(n, J)``. No operator ever forms a matrix that the layer does not have itself.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jaxtyping import Float
 
 from jgia import _checks
+from jgia.sparse._operator import matmul, pytree_dataclass, transposed_matmul
 
 Planes = Float[Array, "channels height width batch"]
+Domain = Float[Array, "*domain batch"]
+Range = Float[Array, "*range batch"]
 
 
-class ConvOperator(NamedTuple):
-    """Stride-1 convolution with zero padding (SAME), as a linear map with an adjoint.
+@runtime_checkable
+class LinearOperator(Protocol):
+    """A linear map M of batches whose last axis counts samples; everything before is a sample.
 
-    ``(M x)[f, i, j] = sum_{a, b, c} kernel[a, b, c, f] * x[c, i + a - r, j + b - s]`` with
-    ``r, s`` half the (odd) kernel sides: the cross-correlation of ``flax.linen.Conv``.
-
-    Attributes:
-      kernel: (kh, kw, C, F) with odd kh and kw, as flax stores it; every method raises
-        ``ValueError`` on an even side, where SAME padding would no longer be symmetric.
+    Any class with these two methods will do. It must be a pytree (a ``NamedTuple`` of arrays is
+    one) to be an argument of the solvers. Solvers also use, where present,
+    ``squared_norm_bound()`` (an upper bound on ``||M||^2``) and ``normal_diagonal(mask)`` (the
+    diagonal of ``M^T diag(mask) M``, shaped like the domain).
     """
 
-    kernel: Float[Array, "kh kw in_channels out_channels"]
+    def apply(self, x: Domain, /) -> Range:
+        """``M x``: (*domain, J) to (*range, J)."""
+        ...
 
-    def apply(self, x: Planes) -> Float[Array, "out_channels height width batch"]:
-        """``M x``: planes (C, H, W, J) to (F, H, W, J)."""
-        kh, kw, num_in, num_out = _odd(self.kernel.shape)
-        _, height, width, batch = x.shape
-        patches = _shifts(x, kh, kw).reshape(kh * kw * num_in, -1)
-        matrix = self.kernel.reshape(-1, num_out)
-        return _dot(matrix.T, patches).reshape(num_out, height, width, batch)
+    def adjoint(self, y: Range, /) -> Domain:
+        """``M^T y``: (*range, J) to (*domain, J)."""
+        ...
 
-    def adjoint(self, y: Planes) -> Float[Array, "in_channels height width batch"]:
-        """``M^T y``: planes (F, H, W, J) to (C, H, W, J)."""
-        kh, kw, num_in, num_out = _odd(self.kernel.shape)
-        _, height, width, batch = y.shape
-        matrix = self.kernel.reshape(-1, num_out)
-        patches = _dot(matrix, y.reshape(num_out, -1))
-        return _add_shifts(patches.reshape(kh, kw, num_in, height, width, batch))
 
-    def pixel_blocks(
-        self, mask: Planes
-    ) -> Float[Array, "in_channels in_channels height width batch"]:
-        """Diagonal C x C block of ``M^T diag(mask) M`` at every pixel: (C, C, H, W, J)."""
-        kh, kw, num_in, num_out = _odd(self.kernel.shape)
-        squares = self.kernel[:, :, :, None, :] * self.kernel[:, :, None, :, :]
-        blocks = ConvOperator(squares.reshape(kh, kw, num_in**2, num_out)).adjoint(mask)
-        return blocks.reshape(num_in, num_in, *mask.shape[1:])
+@pytree_dataclass
+class MatrixOperator:
+    """Product with a matrix: vectors (n, J) to (m, J).
+
+    >>> M = MatrixOperator(jnp.array([[1.0, 2.0]]))
+    >>> M.apply(jnp.ones((2, 1))).tolist(), M.adjoint(jnp.ones((1, 1))).tolist()
+    ([[3.0]], [[1.0], [2.0]])
+
+    Attributes:
+      matrix: (m, n).
+    """
+
+    matrix: Float[Array, "rows columns"]
+
+    def apply(self, x: Float[Array, "columns batch"]) -> Float[Array, "rows batch"]:
+        """``A x``: (n, J) to (m, J)."""
+        _entries("x", x, self.matrix.shape[1], "takes")
+        return matmul(self.matrix, x)
+
+    def adjoint(self, y: Float[Array, "rows batch"]) -> Float[Array, "columns batch"]:
+        """``A^T y``: (m, J) to (n, J)."""
+        _entries("y", y, self.matrix.shape[0], "maps to")
+        return transposed_matmul(self.matrix, y)
+
+    def normal_diagonal(self, mask: Float[Array, "rows batch"]) -> Float[Array, "columns batch"]:
+        """Diagonal of ``A^T diag(mask) A`` for every sample: (n, J)."""
+        return transposed_matmul(self.matrix**2, mask)
 
     def squared_norm_bound(self) -> Float[Array, ""]:
-        """Upper bound on the largest eigenvalue of ``M^T M``, for any image size.
+        """Upper bound on the largest eigenvalue of ``A^T A``; see :func:`gram_bound`."""
+        return gram_bound(self.matrix)
 
-        Zero padding cuts a larger periodic image, so ``||M||^2`` is at most the maximum over all
-        frequencies of ``||K(w)||_2^2``, K the Fourier transform of the kernel. Along one axis
-        ``||K(w)^T v||^2`` is a trigonometric polynomial of degree ``k - 1``, whose maximum is at
-        most ``1 / cos(pi (k - 1) / n)`` times that over n equidistant points. With
-        ``n = 16 (k - 1)`` the bound is 4 % above the supremum over image sizes.
 
-        References:
-          H. Ehlich and K. Zeller, "Schwankung von Polynomen zwischen Gitterpunkten"
-          (Mathematische Zeitschrift 86, 1964).
-        """
-        kh, kw, num_in, num_out = _odd(self.kernel.shape)
-        points = [max(1, 16 * (side - 1)) for side in (kh, kw)]
-        # Real arithmetic, with K(w) = R + i S as [[R, -S], [S, R]]; K(-w) is its conjugate.
-        v, w, a, b = np.ix_(
-            np.arange(points[0]) / points[0],
-            np.arange(points[1] // 2 + 1) / points[1],
-            np.arange(kh),
-            np.arange(kw),
-        )
-        phase = (2 * np.pi * (v * a + w * b)).reshape(-1, kh * kw)
-        taps = self.kernel.reshape(kh * kw, num_in * num_out)
-        real, imaginary = (
-            _dot(jnp.asarray(part, taps.dtype), taps).reshape(-1, num_in, num_out)
-            for part in (np.cos(phase), np.sin(phase))
-        )
-        response = jnp.block([[real, -imaginary], [imaginary, real]])
-        if num_in > num_out:
-            response = jnp.swapaxes(response, -1, -2)
-        gram = _dot(response, jnp.swapaxes(response, -1, -2))
-        slack = [math.cos(math.pi * (k - 1) / n) for k, n in zip((kh, kw), points, strict=True)]
-        return jnp.max(jnp.linalg.eigvalsh(gram)) / math.prod(slack)
+@pytree_dataclass
+class DenseOperator:
+    """A fully connected layer on image planes: (C, H, W, J) to (m, 1, 1, J).
+
+    The layer is ``flax.linen.Dense`` after ``x.reshape(batch, -1)`` of NHWC images, without its
+    bias. The small batch is reordered to the kernel's rows, never the kernel; activations are
+    planes of one pixel, so that masks and solvers need not know which layer they see.
+
+    Attributes:
+      kernel: (H * W * C, m) as flax stores it.
+      shape: (C, H, W) of one image.
+    """
+
+    kernel: Float[Array, "inputs outputs"]
+    shape: tuple[int, int, int] = dataclasses.field(metadata={"static": True})
+
+    def __post_init__(self) -> None:
+        if math.prod(self.shape) != self.kernel.shape[0]:
+            raise ValueError(
+                f"a kernel of shape {self.kernel.shape} takes {self.kernel.shape[0]} inputs, but "
+                f"images of shape (C, H, W) = {self.shape} have {math.prod(self.shape)} entries."
+            )
+
+    def apply(self, x: Planes) -> Float[Array, "outputs 1 1 batch"]:
+        """``M x``: planes (C, H, W, J) to (m, 1, 1, J)."""
+        if x.shape[:-1] != self.shape:
+            raise ValueError(f"x has samples of shape {x.shape[:-1]}, expected {self.shape}.")
+        rows = jnp.moveaxis(x, 0, 2).reshape(-1, x.shape[-1])
+        return transposed_matmul(self.kernel, rows)[:, None, None, :]
+
+    def adjoint(self, y: Range) -> Planes:
+        """``M^T y``: planes (m, 1, 1, J) to (C, H, W, J)."""
+        self._check_range("y", y)
+        return self._planes(matmul(self.kernel, y[:, 0, 0, :]))
+
+    def normal_diagonal(self, mask: Range) -> Planes:
+        """Diagonal of ``M^T diag(mask) M`` for every sample: (C, H, W, J)."""
+        self._check_range("mask", mask)
+        return self._planes(matmul(self.kernel**2, mask[:, 0, 0, :]))
+
+    def squared_norm_bound(self) -> Float[Array, ""]:
+        """Upper bound on the largest eigenvalue of ``M^T M``; see :func:`gram_bound`."""
+        return gram_bound(self.kernel)
+
+    def _planes(self, rows: Array) -> Array:
+        channels, height, width = self.shape
+        return jnp.moveaxis(rows.reshape(height, width, channels, -1), 2, 0)
+
+    def _check_range(self, name: str, y: Array) -> None:
+        if y.ndim != 4 or y.shape[1:3] != (1, 1):
+            raise ValueError(f"{name} must have shape (m, 1, 1, J), got {y.shape}.")
+        _entries(name, y, self.kernel.shape[1], "maps to")
+
+
+@pytree_dataclass
+class Composition:
+    """``outer`` after ``inner``, as two layers without a non-linearity between them.
+
+    Attributes:
+      outer: the map applied last.
+      inner: the map applied first.
+    """
+
+    outer: LinearOperator
+    inner: LinearOperator
+
+    def apply(self, x: Domain) -> Range:
+        """``outer inner x``."""
+        return self.outer.apply(self.inner.apply(x))
+
+    def adjoint(self, y: Range) -> Domain:
+        """``inner^T outer^T y``."""
+        return self.inner.adjoint(self.outer.adjoint(y))
+
+    def squared_norm_bound(self) -> Float[Array, ""]:
+        """The product of both bounds; :func:`squared_norm_bound` is sharper on most pairs."""
+        return own_bound(self.outer) * own_bound(self.inner)
+
+
+@pytree_dataclass
+class Scaled:
+    """``scale`` times an operator.
+
+    Attributes:
+      operator: the map M.
+      scale: a number.
+    """
+
+    operator: LinearOperator
+    scale: Float[Array, ""]
+
+    def apply(self, x: Domain) -> Range:
+        """``scale M x``."""
+        return self.scale * self.operator.apply(x)
+
+    def adjoint(self, y: Range) -> Domain:
+        """``scale M^T y``."""
+        return self.scale * self.operator.adjoint(y)
+
+    def squared_norm_bound(self) -> Float[Array, ""]:
+        """``scale^2`` times the bound of the operator."""
+        return self.scale**2 * own_bound(self.operator)
 
 
 def to_planes(images: Float[Array, "batch height width channels"]) -> Planes:
@@ -106,54 +191,25 @@ def from_planes(planes: Planes) -> Float[Array, "batch height width channels"]:
     return jnp.transpose(planes, (3, 1, 2, 0))
 
 
-def _odd(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) != 4 or not (shape[0] % 2 and shape[1] % 2):
-        raise ValueError(
-            f"the kernel must have shape (kh, kw, C, F) with odd kh and kw, got {shape}; "
-            "pad an even side with one row of zeros (in front, for SAME padding as in flax)."
-        )
-    return shape
-
-
-def _dot(a: Array, b: Array) -> Array:
-    # Accelerators round to TF32/bfloat16 unless told not to; recovery needs every bit.
-    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-def _shifts(x: Array, kh: int, kw: int) -> Array:
-    """(C, H, W, J) to (kh * kw, C, H, W, J): entry (a, b) is x moved by (a - r, b - s)."""
-    _, height, width, _ = x.shape
-    r, s = kh // 2, kw // 2
-    padded = jnp.pad(x, ((0, 0), (r, r), (s, s), (0, 0)))
-    return jnp.stack(
-        [padded[:, a : a + height, b : b + width] for a in range(kh) for b in range(kw)]
-    )
-
-
-def _add_shifts(patches: Array) -> Array:
-    """The adjoint of :func:`_shifts`: (kh, kw, C, H, W, J) to (C, H, W, J)."""
-    kh, kw, _, height, width, _ = patches.shape
-    zero = jnp.zeros((), patches.dtype)
-    total = sum(
-        lax.pad(
-            patches[a, b],
-            zero,
-            ((0, 0, 0), (a, kh - 1 - a, 0), (b, kw - 1 - b, 0), (0, 0, 0)),
-        )
-        for a in range(kh)
-        for b in range(kw)
-    )
-    r, s = kh // 2, kw // 2
-    return jnp.asarray(total)[:, r : r + height, s : s + width]
-
-
 def largest_eigenvalue(
-    key: Array, operator: ConvOperator, shape: tuple[int, int, int], *, num_iterations: int = 30
+    key: Array,
+    operator: LinearOperator,
+    shape: tuple[int, ...],
+    *,
+    num_iterations: int = 30,
+    dtype: Any = None,
 ) -> Float[Array, ""]:
-    """Largest eigenvalue of ``M^T M`` on images of ``shape`` (C, H, W), by Lanczos' method.
+    """Largest eigenvalue of ``M^T M`` on samples of ``shape``, by Lanczos' method.
 
     The estimate approaches from below and usually is within 0.5 % after 30 iterations (power
-    iteration: 5 %); multiply by a percent or two before using it as a step-size bound.
+    iteration: 5 %); :func:`squared_norm_bound` turns it into an upper bound.
+
+    Args:
+      key: a PRNG key, for the random start.
+      operator: the map M.
+      shape: of one sample of the domain, without the batch: (C, H, W) for images.
+      num_iterations: applications of M and of its adjoint, at least 1.
+      dtype: of the computation; that of the operator's first floating-point array when left out.
 
     Raises:
       ValueError: ``num_iterations`` is less than 1.
@@ -174,8 +230,106 @@ def largest_eigenvalue(
         beta = norm(w)
         return (w / jnp.where(beta > 0, beta, 1), v, beta), (alpha, beta)
 
-    v = jax.random.normal(key, (*shape, 1), operator.kernel.dtype)
+    v = jax.random.normal(key, (*shape, 1), _dtype_of(operator) if dtype is None else dtype)
     start = (v / norm(v), jnp.zeros_like(v), jnp.zeros((), v.dtype))
     _, (alpha, beta) = lax.scan(step, start, length=num_iterations)
     tridiagonal = jnp.diag(alpha) + jnp.diag(beta[:-1], 1) + jnp.diag(beta[:-1], -1)
     return jnp.linalg.eigvalsh(tridiagonal)[-1]
+
+
+def squared_norm_bound(
+    key: Array,
+    operator: LinearOperator,
+    shape: tuple[int, ...],
+    *,
+    num_iterations: int = 60,
+    failure_probability: float = 1e-9,
+    dtype: Any = None,
+) -> Float[Array, ""]:
+    """Upper bound on the largest eigenvalue of ``M^T M``, for step sizes, of any operator.
+
+    ``lanczos / (1 - eps)`` with ``eps = (log(1.648 sqrt(n) / p) / (2 k - 1))^2`` for n unknowns
+    and k iterations: from a random start, Lanczos' estimate is lower than ``(1 - eps)`` times
+    the eigenvalue with probability at most p, whatever the spectrum. With 3072 unknowns and the
+    defaults the margin is 5 %. Operators with a ``squared_norm_bound()`` of their own have a
+    certain bound, needing neither key nor shape, but often a looser one.
+
+    Args:
+      key: a PRNG key, for the random start.
+      operator: the map M.
+      shape: of one sample of the domain, without the batch.
+      num_iterations: applications of M and of its adjoint.
+      failure_probability: p, in (0, 1).
+      dtype: as in :func:`largest_eigenvalue`.
+
+    Raises:
+      ValueError: an option is out of range, or there are too few iterations for a bound with
+        this failure probability.
+
+    References:
+      J. Kuczynski and H. Wozniakowski, "Estimating the largest eigenvalue by the power and
+      Lanczos algorithms with a random start" (SIAM J. Matrix Anal. Appl. 13, 1992), theorem 4.2.
+    """
+    _checks.at_least(1, num_iterations=num_iterations)
+    _checks.fraction(failure_probability=failure_probability)
+    root = math.log(1.648 * math.sqrt(math.prod(shape)) / failure_probability)
+    root /= 2 * num_iterations - 1
+    if root >= 1:
+        needed = math.ceil((root * (2 * num_iterations - 1) / 0.3 + 1) / 2)
+        raise ValueError(
+            f"{num_iterations} iterations cannot bound the norm with failure_probability="
+            f"{failure_probability}; use about {needed}."
+        )
+    estimate = largest_eigenvalue(key, operator, shape, num_iterations=num_iterations, dtype=dtype)
+    return estimate / (1 - root**2)
+
+
+def own_bound(operator: LinearOperator) -> Float[Array, ""]:
+    """The operator's ``squared_norm_bound()``.
+
+    Raises:
+      ValueError: it has none.
+    """
+    bound = getattr(operator, "squared_norm_bound", None)
+    if bound is None:
+        raise ValueError(
+            f"{type(operator).__name__} has no squared_norm_bound(); use "
+            "jgia.sparse.squared_norm_bound(key, operator, shape) instead."
+        )
+    return bound()
+
+
+def gram_bound(matrix: Float[Array, "rows columns"], *, num_squarings: int = 6) -> Float[Array, ""]:
+    """Upper bound on ``||A||_2^2`` that needs matrix products only.
+
+    ``tr(G^p)^(1/p)`` with G the smaller of both Gram matrices and ``p = 2^num_squarings``: for d
+    rows at most ``d^(1/p)`` times too large (12 % for d = 1000), exact for rank 1.
+
+    Raises:
+      ValueError: ``num_squarings`` is negative.
+    """
+    _checks.at_least(0, num_squarings=num_squarings)
+    wide = matrix.shape[0] <= matrix.shape[1]
+    gram = matmul(matrix, matrix.T) if wide else transposed_matmul(matrix, matrix)
+    bound = trace = jnp.trace(gram)
+    power = 1.0
+    for _ in range(num_squarings):
+        # Units of the trace at every step: powers would leave the float range.
+        gram = gram / jnp.where(trace > 0, trace, 1)
+        gram = matmul(gram, gram)
+        trace = jnp.trace(gram)
+        power /= 2
+        bound = bound * trace**power
+    return bound
+
+
+def _dtype_of(operator: LinearOperator) -> Any:
+    for leaf in jax.tree.leaves(operator):
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            return jnp.result_type(leaf)
+    return jnp.result_type(float)
+
+
+def _entries(name: str, x: Array, expected: int, verb: str) -> None:
+    if x.shape[0] != expected:
+        raise ValueError(f"{name} has {x.shape[0]} entries, the operator {verb} {expected}.")

@@ -8,6 +8,8 @@ from jax.test_util import check_grads
 from sklearn.linear_model import Lasso
 
 from jgia.sparse import (
+    CONVERGED,
+    MAX_ITERATIONS,
     BlockDCT,
     ConvOperator,
     LassoOptions,
@@ -90,20 +92,27 @@ def test_the_identity_is_a_soft_threshold_in_the_basis(dtype):
     rng = np.random.default_rng(1)
     operator = ConvOperator(jnp.eye(3, dtype=dtype)[None, None])
     y = jnp.asarray(rng.standard_normal((3, 9, 7, 2)), dtype)
-    options = LassoOptions(lam_ratio=0.3, num_stages=1, iterations_per_stage=4)
+    options = LassoOptions(
+        lam_ratio=0.3,
+        num_stages=1,
+        iterations_per_stage=200,
+        tolerance=8 * float(jnp.finfo(dtype).eps),
+    )
     basis = BlockDCT()
     result = _solve(operator, y, jnp.ones(y.shape, bool), basis=basis, options=options)
     c = np.asarray(basis.analyze(y), np.float64)
     lam = 0.3 * np.abs(c).max(axis=(0, 1, 2))
     shrunk = np.sign(c) * np.maximum(np.abs(c) - lam, 0)
     assert 0 < np.count_nonzero(shrunk) < 0.7 * c.size
-    atol = 32 * np.finfo(dtype).eps
-    np.testing.assert_allclose(result.x, basis.synthesize(jnp.asarray(shrunk)), rtol=0, atol=atol)
-    np.testing.assert_allclose(result.lam, lam, rtol=atol)
+    # The rounding floor of the gap is about 4 eps (1 + lam_max ||c||_1 / P).
+    rtol = 64 * np.finfo(dtype).eps
+    np.testing.assert_allclose(result.lam, lam, rtol=rtol)
     expected = np.sum((shrunk - c) ** 2, axis=(0, 1, 2)) / 2 + lam * np.abs(shrunk).sum((0, 1, 2))
-    np.testing.assert_allclose(result.objective, expected, rtol=atol)
-    gap = np.asarray(result.duality_gap) / expected
-    np.testing.assert_allclose(gap, 0, rtol=0, atol=atol)
+    np.testing.assert_allclose(result.objective, expected, rtol=rtol)
+    np.testing.assert_allclose(np.asarray(result.duality_gap) / expected, 0, rtol=0, atol=rtol)
+    # The objective is 1-strongly convex.
+    distance = np.sum((np.asarray(result.coefficients) - shrunk) ** 2, axis=(0, 1, 2))
+    assert np.all(distance <= 2 * rtol * expected)
 
 
 @pytest.mark.parametrize("one_sided", [False, True])
@@ -145,15 +154,18 @@ def test_the_gap_bounds_the_suboptimality_and_decreases(one_sided):
                 num_stages=2,
                 iterations_per_stage=iterations,
                 one_sided=one_sided,
+                tolerance=1e-13,
             ),
         )
 
     optimum = solve(2000)
-    assert float((optimum.duality_gap / optimum.objective).max()) < 1e-12
+    np.testing.assert_array_equal(optimum.status, CONVERGED)
+    assert float((optimum.duality_gap / optimum.objective).max()) <= 1e-13
     previous = np.full(J, np.inf)
-    for iterations in (3, 150):
+    for iterations in (3, 100):
         result = solve(iterations)
         np.testing.assert_array_equal(result.iterations, 2 * iterations)
+        np.testing.assert_array_equal(result.status, MAX_ITERATIONS)
         np.testing.assert_allclose(result.lam, optimum.lam, rtol=1e-14)
         gap = np.asarray(result.duality_gap)
         excess = np.asarray(result.objective - optimum.objective)
@@ -228,15 +240,12 @@ def test_bad_data_and_empty_data_blank_their_own_sample_only():
     np.testing.assert_array_equal(result.x, 0)
 
 
-def test_a_given_step_bound_replaces_the_kernels():
+def test_a_step_bound_changes_nothing():
     operator, y, mask = _problem(seed=7)
-    bound = operator.squared_norm_bound()
     options = LassoOptions(lam_ratio=0.02, num_stages=2, iterations_per_stage=30, one_sided=False)
     solve = jax.jit(functools.partial(masked_lasso, basis=BASIS, options=options))
-    default, same = solve(operator, y, mask), solve(operator, y, mask, step_bound=bound)
-    np.testing.assert_allclose(same.x, default.x, rtol=0, atol=1e-12)
-    loose = solve(operator, y, mask, step_bound=8 * bound)
-    assert bool(jnp.all(default.duality_gap < 0.5 * loose.duality_gap))
+    bound = solve(operator, y, mask, step_bound=operator.squared_norm_bound())
+    np.testing.assert_array_equal(bound.x, solve(operator, y, mask).x)
 
 
 def test_vmap_over_single_samples_agrees():
@@ -249,7 +258,7 @@ def test_vmap_over_single_samples_agrees():
     for name in together._fields:
         expected = np.asarray(getattr(together, name))
         folded = np.asarray(getattr(mapped, name))[..., 0]
-        folded = np.moveaxis(folded, 0, -1) if name == "x" else folded
+        folded = np.moveaxis(folded, 0, -1) if name in ("x", "coefficients") else folded
         np.testing.assert_allclose(folded, expected, rtol=1e-11, atol=1e-12)
 
 
@@ -267,11 +276,13 @@ def test_a_second_call_does_not_retrace():
     assert len(traces) == 1
 
 
-def test_derivatives_are_those_of_the_unrolled_iteration():
+def test_derivatives_are_those_of_the_minimizer():
     rng = np.random.default_rng(10)
     kernel, y = (jnp.asarray(rng.standard_normal(s)) for s in ((3, 3, 1, 2), (2, 3, 3, 1)))
     mask = jnp.asarray(rng.random(y.shape) < 0.8)
-    options = LassoOptions(lam_ratio=0.2, num_stages=2, iterations_per_stage=4)
+    options = LassoOptions(
+        lam_ratio=0.2, num_stages=1, iterations_per_stage=5000, tolerance=1e-15, one_sided=True
+    )
 
     @jax.jit
     def image(kernel, y):
@@ -298,7 +309,5 @@ def test_options_out_of_range_are_refused(fields, message):
 
 def test_shapes_that_do_not_fit_are_refused():
     operator, y, mask = _problem()
-    with pytest.raises(ValueError, match=f"y has {F - 1} channels, the operator maps to {F}"):
+    with pytest.raises(ValueError, match="operator"):
         masked_lasso(operator, y[1:], mask[1:])
-    with pytest.raises(ValueError, match="odd kh and kw"):
-        masked_lasso(ConvOperator(operator.kernel[1:]), y, mask)

@@ -1,5 +1,7 @@
 """The l1 solver against jaxopt's proximal gradient method on the same dense problem."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +18,8 @@ def relaxed():
 
 
 def test_objective_agrees_with_proximal_gradient(relaxed):
-    with pytest.warns(DeprecationWarning, match="JAXopt"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # unmaintained, and says so once
         import jaxopt
     rng = np.random.default_rng(0)
     operator = ConvOperator(jnp.asarray(rng.standard_normal((3, 3, 1, 2))))

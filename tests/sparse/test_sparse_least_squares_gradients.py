@@ -4,7 +4,7 @@ import numpy as np
 from jax.test_util import check_grads
 
 from jgia.sparse import ConvOperator, masked_least_squares
-from jgia.sparse.least_squares import block_preconditioner
+from jgia.sparse.preconditioners import block_preconditioner
 
 C, H, W, F, J = 3, 6, 5, 8, 3
 
