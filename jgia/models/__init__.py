@@ -2,26 +2,44 @@
 
 from jgia.models.cnn import CNN
 from jgia.models.convnet import ConvNet
-from jgia.models.lenet import LeNet
-from jgia.models.mlp import MLP
-from jgia.models.victim import (
+from jgia.models.imprint_block import ImprintBlock
+from jgia.models.layers import (
+    BatchNorm,
     Conv,
     Dense,
-    Victim,
-    flatten_params,
-    make_victim,
-    unflatten_params,
+    GroupNorm,
+    Layer,
+    Pool,
+    Residual,
+    flattened_features,
+    output_shape,
 )
+from jgia.models.lenet import LeNet
+from jgia.models.make import batch_norm_names, make_victim, with_buffers
+from jgia.models.mlp import MLP
+from jgia.models.resnet import ResNet
+from jgia.models.victim import Victim, flatten_params, unflatten_params
 
 __all__ = [
     "CNN",
     "MLP",
+    "BatchNorm",
     "Conv",
     "ConvNet",
     "Dense",
+    "GroupNorm",
+    "ImprintBlock",
+    "Layer",
     "LeNet",
+    "Pool",
+    "ResNet",
+    "Residual",
     "Victim",
+    "batch_norm_names",
     "flatten_params",
+    "flattened_features",
     "make_victim",
+    "output_shape",
     "unflatten_params",
+    "with_buffers",
 ]

@@ -7,6 +7,10 @@ from collections.abc import Sequence
 import flax.linen as nn
 from jax import Array
 
+from jgia.models.layers import Conv, Dense, GroupNorm, Layer, Pool
+from jgia.models.normalizing import group_norm
+from jgia.models.pooling import WINDOW, pool
+
 
 class ConvNet(nn.Module):
     """``[conv3x3 - GroupNorm - ReLU - average pool 2x2] x n - flatten - head``.
@@ -30,24 +34,20 @@ class ConvNet(nn.Module):
         for i, width in enumerate(self.channels, start=1):
             x = nn.Conv(width, (3, 3), padding="SAME", name=f"conv{i}")(x)
             if self.groups:
-                x = nn.GroupNorm(
-                    self.groups,
-                    epsilon=1e-5,  # PyTorch's default, so that exchanged models agree
-                    use_fast_variance=False,  # the fast form cancels
-                    force_float32_reductions=False,  # float64 in, float64 throughout
-                    param_dtype=x.dtype,
-                    name=f"norm{i}",
-                )(x)
-            x = _average_pool(nn.relu(x))
+                x = group_norm(self.groups, x.dtype, f"norm{i}")(x)
+            x = pool(nn.relu(x), "average")
         x = x.reshape((x.shape[0], -1))
         return nn.Dense(self.num_classes, name="head")(x)
 
-
-def _average_pool(x: Array) -> Array:
-    """Means of 2x2 windows; an odd last row or column is dropped.
-
-    Flax's ``avg_pool`` divides by an integer array, which strict dtype promotion refuses.
-    """
-    batch, height, width, channels = x.shape[0], x.shape[1] // 2, x.shape[2] // 2, x.shape[3]
-    x = x[:, : 2 * height, : 2 * width]
-    return x.reshape(batch, height, 2, width, 2, channels).mean(axis=(2, 4))
+    def describe(self) -> tuple[Layer, ...]:
+        """The layers in order."""
+        layers: list[Layer] = []
+        for i, width in enumerate(self.channels, start=1):
+            normalized = self.groups > 0
+            layers.append(
+                Conv(f"conv{i}", (3, 3), width, 1, "relu", normalized=normalized, pooled=True)
+            )
+            if normalized:
+                layers.append(GroupNorm(f"norm{i}", self.groups))
+            layers.append(Pool("average", WINDOW, WINDOW))
+        return (*layers, Dense("head", self.num_classes, "none"))

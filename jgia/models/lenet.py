@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 from jax import Array
 
+from jgia.models.layers import Conv, Dense, Layer
+
 
 class LeNet(nn.Module):
     """Three 5x5 sigmoid convolutions (12 channels, strides 2, 2, 1) and a linear head.
@@ -36,3 +38,9 @@ class LeNet(nn.Module):
             x = nn.sigmoid(conv(x))
         x = x.reshape((x.shape[0], -1))
         return nn.Dense(self.num_classes, name="head")(x)
+
+    def describe(self) -> tuple[Layer, ...]:
+        """The layers in order."""
+        pairs = enumerate(zip(self.channels, self.strides, strict=True), start=1)
+        convs = (Conv(f"conv{i}", (5, 5), w, s, "sigmoid") for i, (w, s) in pairs)
+        return (*convs, Dense("head", self.num_classes, "none"))

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import flax.linen as nn
 from jax import Array
 
+from jgia.models.layers import Dense, Layer
+
 
 class MLP(nn.Module):
     """``flatten - [FC - ReLU] x n - head``.
@@ -26,3 +28,8 @@ class MLP(nn.Module):
         for i, width in enumerate(self.widths, start=1):
             x = nn.relu(nn.Dense(width, name=f"fc{i}")(x))
         return nn.Dense(self.num_classes, name="head")(x)
+
+    def describe(self) -> tuple[Layer, ...]:
+        """The layers in order."""
+        hidden = (Dense(f"fc{i}", w, "relu") for i, w in enumerate(self.widths, start=1))
+        return (*hidden, Dense("head", self.num_classes, "none"))

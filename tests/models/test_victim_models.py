@@ -8,7 +8,19 @@ import numpy as np
 import optax
 import pytest
 
-from jgia.models import CNN, Conv, ConvNet, Victim, flatten_params, make_victim, unflatten_params
+from jgia.models import (
+    CNN,
+    Conv,
+    ConvNet,
+    Dense,
+    Residual,
+    Victim,
+    flatten_params,
+    flattened_features,
+    make_victim,
+    output_shape,
+    unflatten_params,
+)
 from jgia.normalization import Normalization
 
 SMALL = {
@@ -16,6 +28,9 @@ SMALL = {
     "mlp": make_victim("mlp", input_shape=(6, 5, 3), num_classes=4, widths=(7, 5)),
     "lenet": make_victim("lenet", input_shape=(6, 5, 3), num_classes=4, widths=(2, 3, 2)),
     "convnet": make_victim("convnet", input_shape=(6, 5, 3), num_classes=4, widths=(8,)),
+    "resnet": make_victim(
+        "resnet", input_shape=(6, 5, 3), num_classes=4, widths=(2, 3), fc_width=7
+    ),
 }
 
 
@@ -124,20 +139,31 @@ def test_loss_is_the_mean_cross_entropy_of_normalized_pixels(victim):
 def test_layer_descriptions_match_the_parameters(victim):
     shapes = {name: leaf.shape for name, leaf in flatten_params(victim.param_shapes()).items()}
     described = {}
-    inputs = victim.input_shape[-1]
-    for layer in victim.layers():
-        kernel = shapes[f"{layer.name}/kernel"]
-        assert kernel[-1] == layer.features
-        described[f"{layer.name}/kernel"] = kernel
-        described[f"{layer.name}/bias"] = (layer.features,)
-        if isinstance(layer, Conv):
-            assert kernel[:2] == layer.kernel_size
-            assert kernel[2] == inputs
-            inputs = layer.features
-            if layer.normalized:
-                norm = layer.name.replace("conv", "norm")
-                described[f"{norm}/scale"] = described[f"{norm}/bias"] = (layer.features,)
+
+    def describe(layers, shape):
+        for i, layer in enumerate(layers):
+            before = output_shape(layers[:i], shape) if isinstance(layer, Conv) else shape
+            if isinstance(layer, Conv):
+                kernel = (*layer.kernel_size, before[-1], layer.features)
+                described[f"{layer.name}/kernel"] = kernel
+                if not (layer.normalized and victim.name == "resnet"):
+                    described[f"{layer.name}/bias"] = kernel[-1:]
+                if layer.normalized:
+                    norm = layers[i + 1].name
+                    described[f"{norm}/scale"] = described[f"{norm}/bias"] = kernel[-1:]
+            elif isinstance(layer, Residual):
+                inside = output_shape(layers[:i], shape)
+                describe(layer.branch, inside)
+                describe(layer.shortcut, inside)
+            elif isinstance(layer, Dense):
+                assert shapes[f"{layer.name}/kernel"][-1] == layer.features
+                described[f"{layer.name}/kernel"] = shapes[f"{layer.name}/kernel"]
+                described[f"{layer.name}/bias"] = (layer.features,)
+
+    describe(victim.layers(), victim.input_shape)
     assert described == shapes
+    name, features = flattened_features(victim)
+    assert shapes[f"{name}/kernel"][0] == np.prod(features)
     assert victim.layers()[-1].name == "head"
     assert victim.layers()[-1].activation == "none"
     assert victim.layers()[-1].features == victim.num_classes
@@ -210,6 +236,19 @@ def test_flatten_and_unflatten_are_inverse(victim):
         ({"normalization": Normalization.identity(1)}, "for 1 channels, the images have 3"),
         ({"name": "convnet", "input_shape": (7, 8, 3)}, "halves the image 3 times"),
         ({"name": "convnet", "widths": (12,)}, r"multiple of 8; got \(12,\)"),
+        ({"strides": ()}, "strides must name at least one layer"),
+        ({"strides": (2,)}, r"one value for each of the 2 widths \(12, 12\), got \(2,\)"),
+        ({"strides": (2, 0)}, "every size of the model must be at least 1"),
+        ({"kernel_size": 4}, "kernel_size must be odd"),
+        ({"pool_every": 2}, "pool_every needs pool"),
+        ({"pool": "max", "pool_every": 3}, "would never pool: there are 2 convolutions"),
+        ({"pool": "max", "widths": (4,) * 4}, "does not fit into 1x1 features"),
+        ({"blocks": 2}, "'cnn' has no option 'blocks'; leave it out, or choose the model resnet"),
+        ({"name": "mlp", "strides": (2,)}, "choose the model cnn or lenet or resnet"),
+        ({"name": "lenet", "pool": "max"}, "'lenet' has no option 'pool'"),
+        ({"name": "resnet", "blocks": 0}, "blocks must be at least 1"),
+        ({"name": "resnet", "norm": "group", "batch_norm": "eval"}, "needs norm='batch'"),
+        ({"name": "resnet", "strides": (1, 2)}, "one value for each of the 3 widths"),
     ],
 )
 def test_make_victim_rejects(fields, message):
