@@ -1,0 +1,32 @@
+"""Every option of the library as frozen data. No jax here: the command line is made from these."""
+
+from jgia.config.ares import AresOptions, FirstLayer, FrontEnd, Inversion, SparseBasis
+from jgia.config.client import ClientConfig, Optimizer, Protocol
+from jgia.config.commands import AttackConfig, AttackName, AuditConfig, CraftConfig
+from jgia.config.data import DataConfig
+from jgia.config.defense import DefenseConfig, DefenseName
+from jgia.config.imprint import ImprintOptions
+from jgia.config.model import ModelConfig, ModelName
+from jgia.config.performance import PerformanceFlags
+
+__all__ = [
+    "AresOptions",
+    "AttackConfig",
+    "AttackName",
+    "AuditConfig",
+    "ClientConfig",
+    "CraftConfig",
+    "DataConfig",
+    "DefenseConfig",
+    "DefenseName",
+    "FirstLayer",
+    "FrontEnd",
+    "ImprintOptions",
+    "Inversion",
+    "ModelConfig",
+    "ModelName",
+    "Optimizer",
+    "PerformanceFlags",
+    "Protocol",
+    "SparseBasis",
+]

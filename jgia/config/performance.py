@@ -1,0 +1,24 @@
+"""What changes only time and memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from jgia import _checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PerformanceFlags:
+    """What changes only time and memory. Answers agree to rounding."""
+
+    microbatch: int | None = None
+    """Candidates inverted at once; chosen from the image size and the device when left out."""
+
+    dtype: Literal["float32", "float64"] = "float32"
+    """Arithmetic of the inversion. `float64` needs JAX_ENABLE_X64=1."""
+
+    def __post_init__(self) -> None:
+        if self.microbatch is not None:
+            _checks.at_least(1, microbatch=self.microbatch)
+        _checks.one_of(("float32", "float64"), dtype=self.dtype)
