@@ -42,7 +42,9 @@ def write_crafted(config: CraftConfig) -> list[Path]:
     public = _public_part(load_images(config.data), config.data.num_public, config.seed)
     victim = build_victim(config.model, public, public, normalize=config.data.normalize)
     pixels, _ = public.take(np.arange(len(public)))
-    params, plan = ares.craft(jax.random.key(config.seed), victim, pixels, options=config.ares)
+    params, plan = ares.craft(
+        jax.random.key(config.seed), victim, pixels, options=config.ares, client=config.client
+    )
     params_path = config.out / f"params.{config.format}"
     save_update(params_path, params, layout=config.layout, victim=victim)
     description = {
@@ -50,8 +52,7 @@ def write_crafted(config: CraftConfig) -> list[Path]:
         "params": params_path.name,
         "layout": config.layout,
         "model": config.model.model,
-        "widths": config.model.widths,
-        "fc_width": config.model.fc_width,
+        **config.model.architecture(),
         "input_shape": victim.input_shape,
         "num_classes": victim.num_classes,
         "normalization": {
@@ -150,11 +151,9 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 def _victim(description: dict[str, Any]) -> Victim:
     try:
-        widths = description["widths"]
         model = ModelConfig(
             model=description["model"],
-            widths=None if widths is None else tuple(int(w) for w in widths),
-            fc_width=int(description["fc_width"]),
+            **{name: _option(description[name]) for name in ModelConfig().architecture()},
         )
         height, width, channels = (int(n) for n in description["input_shape"])
         normalization = Normalization(
@@ -173,13 +172,19 @@ def _victim(description: dict[str, Any]) -> Victim:
             input_shape=(height, width, channels),
             num_classes=int(description["num_classes"]),
             normalization=normalization,
-            widths=model.widths,
-            fc_width=model.fc_width,
+            **model.architecture(),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UpdateError(
             f"victim.json is damaged ({type(error).__name__}: {error}); run 'jgia craft' again."
         ) from error
+
+
+def _option(value: Any) -> Any:
+    """An option of the model as JSON keeps it: lists for tuples."""
+    if value is None or isinstance(value, str):
+        return value
+    return tuple(int(n) for n in value) if isinstance(value, list) else int(value)
 
 
 def _truth(spec: str | None, victim: Victim) -> Truth | None:

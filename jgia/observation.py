@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -72,6 +72,12 @@ class ThreatModel:
       num_examples: how many examples the update covers if the attacker knows it, else ``None``.
       labels_known: whether labels are given to the attacker. No attack here needs them yet.
       public_data: what public images the attacker calibrates on, in words.
+      defense: what the client does against leakage, in words.
+      noise_std: declared standard deviation of the random noise on every shared entry if the
+        attacker is told, else 0; also 0 where it has no closed form.
+      num_clients: how many clients' updates the observation sums up: 1 without secure
+        aggregation.
+      visible_layers: the layers whose update the attacker holds; ``None`` for all of them.
     """
 
     server: Literal["malicious", "honest_but_curious"] = "malicious"
@@ -81,15 +87,25 @@ class ThreatModel:
     num_examples: int | None = None
     labels_known: bool = False
     public_data: str = "none"
+    defense: str = "none"
+    noise_std: float = 0.0
+    num_clients: int = 1
+    visible_layers: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         _checks.one_of(("malicious", "honest_but_curious"), server=self.server)
         _checks.one_of(("fedsgd", "fedavg"), protocol=self.protocol)
-        _checks.at_least(1, local_steps=self.local_steps)
+        _checks.at_least(1, local_steps=self.local_steps, num_clients=self.num_clients)
+        _checks.non_negative(noise_std=self.noise_std)
         if self.local_learning_rate is not None:
             _checks.positive(local_learning_rate=self.local_learning_rate)
         if self.num_examples is not None:
             _checks.at_least(1, num_examples=self.num_examples)
+        if (layers := self.visible_layers) is not None and len(set(layers)) < max(1, len(layers)):
+            raise ValueError(
+                f"visible_layers must name each layer once and at least one, got {layers}; leave "
+                "it out where every layer's update is seen."
+            )
         if self.protocol == "fedsgd" and self.local_steps != 1:
             raise ValueError(
                 f"protocol='fedsgd' shares one gradient, got local_steps={self.local_steps}; "
@@ -103,8 +119,9 @@ class Observation:
     """Everything an attacker holds after one round, and nothing else.
 
     Attributes:
-      update: what the client shared: a pytree with the structure of ``params``. A gradient of
-        the mean loss (``protocol="fedsgd"``) or ``params_after - params_sent`` (``"fedavg"``).
+      update: what the client shared: a pytree with the structure of ``params``, less the layers
+        that are not visible (:func:`restrict`). A gradient of the mean loss
+        (``protocol="fedsgd"``) or ``params_after - params_sent`` (``"fedavg"``).
       params: the parameters that the server sent.
       victim: the model: architecture, input shape, normalization.
       threat_model: what the attacker may do and know.
@@ -136,7 +153,8 @@ class Observation:
             (:func:`jgia.federated.from_torch_layout` converts a PyTorch state dict).
           victim: the model that the update belongs to.
           params: the parameters that the server sent (same structure as the update).
-          threat_model: defaults to a malicious FedSGD server.
+          threat_model: defaults to a malicious FedSGD server. Exactly the arrays of its
+            ``visible_layers`` are expected.
 
         Returns:
           An observation whose ``update`` is a pytree of float arrays.
@@ -147,12 +165,52 @@ class Observation:
             and says what was expected.
         """
         check_params(params, victim)
+        threat = threat_model or ThreatModel()
         return cls(
-            update=checked_tree(arrays, victim),
+            update=checked_tree(arrays, victim, layers=threat.visible_layers),
             params=params,
             victim=victim,
-            threat_model=threat_model or ThreatModel(),
+            threat_model=threat,
         )
+
+    def layer(self, name: str) -> PyTree:
+        """The update of one layer: ``{"kernel": ..., "bias": ...}``.
+
+        Raises:
+          ValueError: the model has no such layer, or its update is not visible.
+        """
+        if name in self.update:
+            return self.update[name]
+        _check_layers((name,), self.params)
+        raise ValueError(
+            f"the update of layer {name!r} is not visible to this attacker, who holds "
+            f"{', '.join(sorted(self.update))}; the attack cannot do without it."
+        )
+
+
+def restrict(observation: Observation, layers: Sequence[str]) -> Observation:
+    """What an attacker holds who sees the update of some layers only.
+
+    Clients share part of a model when the rest is frozen, personal or encrypted. The other
+    layers' updates are dropped, not zeroed: a zero is an observation, too. The parameters were
+    sent by the server and stay known.
+
+    Args:
+      observation: of all layers, or restricted before to more than these.
+      layers: names as in ``observation.params`` (``"conv1"``, ``"fc"``), in any order.
+
+    Returns:
+      An observation whose update has these layers only; its threat model says so.
+
+    Raises:
+      ValueError: no layer, one that the model does not have, or one dropped before.
+    """
+    names = tuple(sorted(set(layers)))
+    _check_layers(names, observation.params)
+    update = {name: observation.layer(name) for name in names}
+    visible = None if set(names) == set(observation.params) else names
+    threat = dataclasses.replace(observation.threat_model, visible_layers=visible)
+    return dataclasses.replace(observation, update=update, threat_model=threat)
 
 
 @jax.tree_util.register_dataclass
@@ -193,13 +251,24 @@ class Reconstruction:
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def checked_tree(arrays: Mapping[str, np.ndarray], victim: Victim) -> PyTree:
+def checked_tree(
+    arrays: Mapping[str, np.ndarray], victim: Victim, *, layers: Sequence[str] | None = None
+) -> PyTree:
     """A flat mapping of arrays as a pytree, once names, shapes, dtypes and values fit the model.
+
+    Args:
+      arrays: ``{"conv1/kernel": ...}``.
+      victim: the model.
+      layers: the layers that are expected; all of the model's when left out.
 
     Raises:
       ValueError: as :meth:`Observation.from_arrays`.
     """
-    expected = flatten_params(victim.param_shapes())
+    shapes = victim.param_shapes()
+    if layers is not None:
+        _check_layers(layers, shapes)
+        shapes = {name: shapes[name] for name in layers}
+    expected = flatten_params(shapes)
     _match_names(arrays, expected, "the update does not")
     return unflatten_params(
         {
@@ -220,6 +289,15 @@ def check_params(params: PyTree, victim: Victim) -> None:
     _match_names(given, expected, "the parameters do not")
     for name, leaf in expected.items():
         _check_shape(f"parameter {name}", np.shape(given[name]), tuple(leaf.shape))
+
+
+def _check_layers(layers: Sequence[str], known: Mapping[str, Any]) -> None:
+    unknown = sorted(set(layers) - set(known))
+    if unknown or not layers:
+        shown = ", ".join(ascii(name[:60]) for name in unknown[:5]) or "none"
+        raise ValueError(
+            f"expected one or more of the layers {', '.join(sorted(known))}; got {shown}."
+        )
 
 
 def _match_names(arrays: Mapping[str, Any], expected: Mapping[str, Any], subject: str) -> None:

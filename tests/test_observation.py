@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jgia.models import flatten_params, make_victim
-from jgia.observation import Observation, Reconstruction, Status, ThreatModel, Truth
+from jgia.observation import Observation, Reconstruction, Status, ThreatModel, Truth, restrict
 
 VICTIM = make_victim("mlp", input_shape=(2, 2, 1), num_classes=3, widths=(5,))
 
@@ -34,6 +34,9 @@ def _params():
         ({"local_learning_rate": 0.0}, "local_learning_rate must be positive"),
         ({"local_learning_rate": float("nan")}, "local_learning_rate must be positive"),
         ({"num_examples": 0}, "num_examples must be at least 1"),
+        ({"num_clients": 0}, "num_clients must be at least 1"),
+        ({"visible_layers": ()}, "at least one"),
+        ({"visible_layers": ("fc", "fc")}, "each layer once"),
     ],
 )
 def test_threat_model_rejects(fields, message):
@@ -181,3 +184,59 @@ def test_accepted_statuses():
     assert {status for status in Status if not status.accepted} == rejected
     assert json.loads(json.dumps([Status.EXACT])) == ["exact"]
     assert Status("mixture") is Status.MIXTURE
+
+
+def _observed(threat_model=None):
+    return Observation.from_arrays(
+        _arrays(), victim=VICTIM, params=_params(), threat_model=threat_model
+    )
+
+
+def test_restriction_drops_layers_and_says_so():
+    whole = _observed(ThreatModel(num_examples=3))
+    names = sorted(whole.params)
+    seen = restrict(whole, [names[1], names[1]])
+    assert set(seen.update) == {names[1]}
+    assert seen.threat_model.visible_layers == (names[1],)
+    assert seen.threat_model.num_examples == 3
+    assert seen.params is whole.params
+    for name in seen.update:
+        assert seen.update[name] is whole.update[name]
+    assert restrict(seen, [names[1]]) == seen
+    assert restrict(whole, names).threat_model.visible_layers is None
+
+
+def test_a_layer_that_is_not_visible_is_named():
+    names = sorted(_params())
+    seen = restrict(_observed(), names[:1])
+    assert seen.layer(names[0]) is seen.update[names[0]]
+    with pytest.raises(ValueError, match=f"'{names[1]}' is not visible .* holds {names[0]};"):
+        seen.layer(names[1])
+    with pytest.raises(ValueError, match="is not visible"):
+        restrict(seen, names)
+    with pytest.raises(ValueError, match="got 'fc9'"):
+        seen.layer("fc9")
+    for layers in (["fc9"], []):
+        with pytest.raises(ValueError, match="one or more of the layers"):
+            restrict(_observed(), layers)
+
+
+def test_from_arrays_takes_exactly_the_visible_layers():
+    names = sorted(_params())
+    threat = ThreatModel(visible_layers=(names[0],))
+    part = {name: x for name, x in _arrays().items() if name.startswith(f"{names[0]}/")}
+    seen = Observation.from_arrays(part, victim=VICTIM, params=_params(), threat_model=threat)
+    assert set(seen.update) == {names[0]}
+    with pytest.raises(ValueError, match="not in the model"):
+        _observed(threat)
+    with pytest.raises(ValueError, match="missing"):
+        Observation.from_arrays(part, victim=VICTIM, params=_params())
+    with pytest.raises(ValueError, match="got 'fc9'"):
+        _observed(ThreatModel(visible_layers=("fc9",)))
+
+
+def test_restricted_observations_are_pytrees():
+    seen = restrict(_observed(), sorted(_params())[:1])
+    doubled = jax.tree.map(lambda x: 2 * x, seen)
+    assert doubled.threat_model == seen.threat_model
+    assert set(doubled.update) == set(seen.update)

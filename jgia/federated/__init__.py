@@ -1,7 +1,8 @@
 """The honest client, and the exchange of updates and parameters as files."""
 
 from jgia.federated._errors import UpdateError
-from jgia.federated.client import ClientConfig, ClientError, client_update
+from jgia.federated.client import ClientConfig, ClientError, client_images, client_update
+from jgia.federated.secure_aggregation import aggregate, simulate_clients
 from jgia.federated.torch_layout import from_torch_layout, to_torch_layout
 from jgia.federated.updates import load_arrays, load_params, load_update, save_update
 
@@ -9,11 +10,14 @@ __all__ = [
     "ClientConfig",
     "ClientError",
     "UpdateError",
+    "aggregate",
+    "client_images",
     "client_update",
     "from_torch_layout",
     "load_arrays",
     "load_params",
     "load_update",
     "save_update",
+    "simulate_clients",
     "to_torch_layout",
 ]

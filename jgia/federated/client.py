@@ -16,10 +16,14 @@ from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
 from jgia.config import ClientConfig
+from jgia.defenses import Defense, DpSgdStats
 from jgia.models import Victim, flatten_params
 from jgia.observation import Observation, ThreatModel, check_params
 
 PyTree = Any
+
+# Folded into the client's key for its defense; epochs, which fold in their number, stay below.
+_DEFENSE_STREAM = 2**32 - 1
 
 
 class ClientError(ValueError):
@@ -33,6 +37,7 @@ def client_update(
     images: ArrayLike,
     labels: ArrayLike,
     config: ClientConfig = ClientConfig(),
+    defense: Defense | None = None,
 ) -> Observation:
     r"""What an honest client shares after one round, as the attacker will see it.
 
@@ -41,35 +46,48 @@ def client_update(
     optimizer(grad L(theta_t; x_b, y_b))`` over ``local_epochs`` passes of minibatches ``b`` and
     shares ``theta_T - theta_0``, rounded as a client would round it.
 
+    A defense acts in two places. Augmentation, dropout and DP-SGD replace **every local
+    gradient** (the only one of FedSGD, that of each step of FedAvg). Clipping, additive noise,
+    quantization and sparsification change **what is shared**, once, at the end.
+
     Args:
-      key: random key; decides the order of the examples and nothing else. Unused when no order
-        matters (FedSGD, ``shuffle=False``, or one minibatch that holds everything).
+      key: random key; decides the order of the examples and the defense's draws, from separate
+        streams, and nothing else. Without a defense it is unused when no order matters (FedSGD,
+        ``shuffle=False``, or one minibatch that holds everything).
       victim: the model that client and server train.
       params: what the server sent; floating point of one dtype. The computation runs in it.
       images: (B, H, W, C) floating-point pixels in [0, 1], (H, W, C) as ``victim.input_shape``.
       labels: (B,) integers in [0, num_classes).
       config: protocol and local optimizer.
+      defense: from :func:`jgia.defenses.make_defense`; ``None`` for a client without one.
 
     Returns:
       The observation of a malicious server that knows the protocol, the number of steps and of
-      examples, and (FedAvg) the learning rate. Narrow what the attacker knows with
+      examples, the defense, (FedAvg) the learning rate, and the declared noise unless the
+      defense's ``noise_known`` is off. Narrow what the attacker knows with
       ``dataclasses.replace``.
 
     Raises:
-      ValueError: images, labels or parameters do not fit the model; nothing was computed.
-      ClientError: the gradient or the trained parameters have NaN or infinite entries.
+      ValueError: images, labels or parameters do not fit the model, or the defense does not;
+        nothing was computed.
+      ClientError: the gradient or the trained parameters have NaN or infinite entries, before or
+        after the defense; with DP-SGD, the gradient of any single example.
 
     Guarantees:
       The same key gives the same bits on the same device. A second call with the same shapes
       traces nothing again. ``params`` are neither changed nor copied; FedSGD holds the
       parameters and one gradient, FedAvg one more set of parameters besides the optimizer's
-      state.
+      state; a defense holds one more update, DP-SGD a microbatch of gradients. A defense does not
+      change the order of the examples, and ``defense=None`` computes what it always did.
 
     Edge cases:
       The order cannot matter when one minibatch holds every example, so it is left as given: one
       local step of SGD is exactly ``-learning_rate`` times the FedSGD gradient up to the rounding
       of ``theta_1 - theta_0``. A short last minibatch has its own shape and compiles once more.
       Local steps are driven from Python: XLA runs convolutions inside ``scan`` slowly on CPU.
+      DP-SGD's declared noise on a FedAvg update is known in closed form for plain SGD,
+      ``learning_rate sqrt(sum_t std_t^2)``: what each step's noise adds directly, without its
+      effect on later gradients. For the other optimizers ``noise_std`` is 0: not declared.
 
     >>> from jgia.models import make_victim
     >>> victim = make_victim("mlp", input_shape=(2, 2, 1), num_classes=2, widths=(3,))
@@ -88,11 +106,16 @@ def client_update(
     classes = _check_labels(labels, pixels.shape[0], victim)
     params, dtype = _check_params(params, victim)
     pixels = pixels.astype(dtype, copy=False)
+    gradient_fn = _Gradients(key, victim, config, defense)
     if config.protocol == "fedsgd":
-        update = _gradient(victim, params, jnp.asarray(pixels), jnp.asarray(classes))
+        update = gradient_fn(params, pixels, classes)
     else:
-        update = _local_training(key, victim, params, pixels, classes, config)
+        update = _local_training(key, gradient_fn, params, pixels, classes, config)
     _require_finite(update, config)
+    noise_std = 0.0
+    if defense is not None:
+        update, noise_std = gradient_fn.shared(update, defense)
+        _require_finite(update, config, defended=True)
     return Observation(
         update=update,
         params=params,
@@ -102,13 +125,74 @@ def client_update(
             local_steps=1 if config.protocol == "fedsgd" else config.num_steps(len(classes)),
             local_learning_rate=None if config.protocol == "fedsgd" else config.learning_rate,
             num_examples=len(classes),
+            defense="none" if defense is None else defense.words,
+            noise_std=noise_std,
         ),
     )
+
+
+def client_images(key: PRNGKeyArray, images: ArrayLike, defense: Defense | None) -> Array:
+    """The images behind a FedSGD update: what augmentation makes of the client's, for scoring.
+
+    An attack recovers these, not the originals, so a score against the originals alone takes a
+    shifted copy for a failure.
+
+    Args:
+      key: the key of :func:`client_update`.
+      images: (B, H, W, C) pixels in [0, 1], floating point; their dtype is what the parameters
+        had.
+      defense: as given to :func:`client_update`.
+
+    Returns:
+      (B, H, W, C) pixels in [0, 1]; ``images`` where the defense does not augment.
+    """
+    pixels = jnp.asarray(images)
+    if defense is None:
+        return pixels
+    return defense.augment(_step_key(jax.random.fold_in(key, _DEFENSE_STREAM), 1), pixels)
+
+
+def _step_key(key: PRNGKeyArray, step: int) -> PRNGKeyArray:
+    """The key of a defense in local step ``step`` >= 1; 0 is what is shared."""
+    return jax.random.fold_in(key, step)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(victim: Victim, params: PyTree, images: Array, labels: Array) -> PyTree:
     return jax.grad(victim.loss)(params, images, labels)
+
+
+class _Gradients:
+    """The gradients of one round, under its defense: numbers the steps and sums up their noise.
+
+    Step t draws from stream t of the defense's key, what is shared from stream 0.
+    """
+
+    def __init__(
+        self, key: PRNGKeyArray, victim: Victim, config: ClientConfig, defense: Defense | None
+    ) -> None:
+        self._victim, self._config, self._defense = victim, config, defense
+        self._key = key if defense is None else jax.random.fold_in(key, _DEFENSE_STREAM)
+        self._variances: list[float] = []
+
+    def __call__(self, params: PyTree, images: np.ndarray, labels: np.ndarray) -> PyTree:
+        chosen = jnp.asarray(images), jnp.asarray(labels)
+        if self._defense is None or not self._defense.changes_gradient:
+            return _gradient(self._victim, params, *chosen)
+        key = _step_key(self._key, len(self._variances) + 1)
+        gradient, stats = self._defense.gradient(key, self._victim, params, *chosen)
+        _require_finite_examples(stats, self._config)
+        self._variances.append(0.0 if stats is None else stats.noise_std**2)
+        return gradient
+
+    def shared(self, update: PyTree, defense: Defense) -> tuple[PyTree, float]:
+        """What leaves the client, and the noise on it that the attacker is told."""
+        before = math.sqrt(sum(self._variances))
+        if self._config.protocol == "fedavg":
+            before *= self._config.learning_rate if self._config.optimizer == "sgd" else 0.0
+        key = _step_key(self._key, 0)
+        update, noise_std = defense.share(key, update, noise_std=before)
+        return update, float(noise_std) if defense.config.noise_known else 0.0
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=(1, 2))
@@ -141,7 +225,7 @@ def _optimizer(config: ClientConfig) -> optax.GradientTransformation:
 
 def _local_training(
     key: PRNGKeyArray,
-    victim: Victim,
+    gradient_fn: _Gradients,
     sent: PyTree,
     images: np.ndarray,
     labels: np.ndarray,
@@ -149,8 +233,7 @@ def _local_training(
 ) -> PyTree:
     params, state = sent, _optimizer(config).init(sent)
     for batch in _minibatches(key, len(labels), config):
-        chosen = jnp.asarray(images[batch]), jnp.asarray(labels[batch])
-        gradient = _gradient(victim, params, *chosen)
+        gradient = gradient_fn(params, images[batch], labels[batch])
         params, state = _apply(config, gradient, state, params)
     return _difference(params, sent)
 
@@ -165,19 +248,29 @@ def _minibatches(key: PRNGKeyArray, num_examples: int, config: ClientConfig) -> 
             yield order[start : start + size]
 
 
-def _require_finite(update: PyTree, config: ClientConfig) -> None:
+def _require_finite_examples(stats: DpSgdStats | None, config: ClientConfig) -> None:
+    count = 0 if stats is None else int(stats.num_nonfinite)
+    if count:
+        raise ClientError(
+            f"the gradients of {count} examples have NaN or infinite entries. {_cause(config)}."
+        )
+
+
+def _cause(config: ClientConfig) -> str:
+    if config.protocol == "fedsgd":
+        return "Check the parameters that were sent: their gradient overflows"
+    return f"Local training diverged: lower learning_rate={config.learning_rate}"
+
+
+def _require_finite(update: PyTree, config: ClientConfig, *, defended: bool = False) -> None:
     flags = flatten_params(jax.device_get(_finite_leaves(update)))
     bad = sorted(name for name, finite in flags.items() if not finite)
     if bad:
-        cause = (
-            "Check the parameters that were sent: their gradient overflows"
-            if config.protocol == "fedsgd"
-            else f"Local training diverged: lower learning_rate={config.learning_rate}"
-        )
-        raise ClientError(
-            f"the update of {', '.join(bad)} has NaN or infinite entries. {cause}, or the "
-            "parameters are too large for their dtype."
-        )
+        cause = f"{_cause(config)}, or the parameters are too large for their dtype"
+        if defended:
+            cause = "Its noise or rounding overflows the dtype: choose a weaker one"
+        subject = "the defended update" if defended else "the update"
+        raise ClientError(f"{subject} of {', '.join(bad)} has NaN or infinite entries. {cause}.")
 
 
 def _check_images(images: Any, victim: Victim) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jgia.federated._errors import UpdateError, shown
-from jgia.models import Conv, Victim, flatten_params
+from jgia.models import Victim, flatten_params, flattened_features
 
 
 class _Entry(NamedTuple):
@@ -125,7 +125,7 @@ def _torch_name(name: str) -> str:
 
 def _table(victim: Victim) -> list[_Entry]:
     shapes = flatten_params(victim.param_shapes())
-    layer, features = _first_dense(victim)
+    layer, features = flattened_features(victim)
     kernel = f"{layer}/kernel"
     if math.prod(features) != shapes[kernel].shape[0]:
         raise ValueError(
@@ -136,21 +136,6 @@ def _table(victim: Victim) -> list[_Entry]:
         _Entry(name, _torch_name(name), tuple(x.shape), features if name == kernel else None)
         for name, x in shapes.items()
     ]
-
-
-def _first_dense(victim: Victim) -> tuple[str, tuple[int, int, int]]:
-    """The layer after the flatten and the (H, W, C) that it flattens."""
-    height, width, channels = victim.input_shape
-    for layer in victim.layers():
-        if not isinstance(layer, Conv):
-            return layer.name, (height, width, channels)
-        # SAME padding (and LeNet's 2 around a 5x5 kernel) leaves ceil(size / stride) positions;
-        # 2x2 pooling drops an odd last row and column.
-        height, width = -(-height // layer.stride), -(-width // layer.stride)
-        if layer.pooled:
-            height, width = height // 2, width // 2
-        channels = layer.features
-    raise ValueError(f"model {victim.name!r} has no dense layer; its layout cannot be converted.")
 
 
 def _check(

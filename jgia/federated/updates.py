@@ -7,7 +7,7 @@ import os
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -145,7 +145,8 @@ def load_update(
       path: ``.npz`` or ``.safetensors``.
       victim: the model that client and server train.
       params: the parameters that the server sent.
-      threat_model: defaults to a malicious FedSGD server.
+      threat_model: defaults to a malicious FedSGD server. Exactly the arrays of its
+        ``visible_layers`` are expected (in Flax layout, if those are not all).
       layout: names and axes in the file: ``"flax"`` or ``"torch"``.
 
     Returns:
@@ -160,11 +161,17 @@ def load_update(
       A square dense kernel in the wrong layout under the right name cannot be told apart.
     """
     check_params(params, victim)
+    threat = threat_model or ThreatModel()
+    if threat.visible_layers is not None and layout == "torch":
+        raise ValueError(
+            "layout='torch' needs the arrays of every layer; give an update of some layers "
+            "(visible_layers) in layout='flax'."
+        )
     return Observation(
-        update=_load_tree(path, victim, layout),
+        update=_load_tree(path, victim, layout, threat.visible_layers),
         params=params,
         victim=victim,
-        threat_model=threat_model or ThreatModel(),
+        threat_model=threat,
     )
 
 
@@ -185,7 +192,12 @@ def load_params(path: str | os.PathLike[str], victim: Victim, *, layout: Layout 
     return _load_tree(path, victim, layout)
 
 
-def _load_tree(path: str | os.PathLike[str], victim: Victim, layout: str) -> PyTree:
+def _load_tree(
+    path: str | os.PathLike[str],
+    victim: Victim,
+    layout: str,
+    layers: Sequence[str] | None = None,
+) -> PyTree:
     _checks.one_of(("flax", "torch"), layout=layout)
     shapes = flatten_params(victim.param_shapes())
     needed = 8 * sum(math.prod(leaf.shape) for leaf in shapes.values())
@@ -197,7 +209,7 @@ def _load_tree(path: str | os.PathLike[str], victim: Victim, layout: str) -> PyT
             raise UpdateError(
                 "the names are PyTorch's: read it with layout='torch' (--layout torch)."
             )
-        return checked_tree(arrays, victim)
+        return checked_tree(arrays, victim, layers=layers)
     except ValueError as error:
         raise UpdateError(f"{_quoted(path)}: {error}") from error
 

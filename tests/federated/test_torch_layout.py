@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jgia.federated import UpdateError, from_torch_layout, to_torch_layout
-from jgia.models import CNN, Conv, Victim, flatten_params, make_victim, unflatten_params
+from jgia.models import CNN, Conv, Dense, Victim, flatten_params, make_victim, unflatten_params
 from jgia.normalization import Normalization
 
 # Uneven heights and widths, odd sizes under stride and pooling, more than one channel.
@@ -21,6 +21,11 @@ VICTIMS = {
 @pytest.fixture(params=VICTIMS.values(), ids=list(VICTIMS))
 def victim(request):
     return request.param
+
+
+def _with_kernels(victim):
+    """The convolutions and fully connected layers; they say themselves what follows them."""
+    return [layer for layer in victim.layers() if isinstance(layer, Conv | Dense)]
 
 
 @functools.cache
@@ -68,7 +73,7 @@ _ACTIVATIONS = {
 def _forward_nchw(victim, weights, images):
     """Logits of the equivalent PyTorch model, from PyTorch's names, axes and NCHW images."""
     x = images.transpose(0, 3, 1, 2)
-    for layer in victim.layers():
+    for layer in _with_kernels(victim):
         weight, bias = weights[f"{layer.name}.weight"], weights[f"{layer.name}.bias"]
         if isinstance(layer, Conv):
             x = _conv_nchw(x, weight, bias, layer.stride)
@@ -89,7 +94,7 @@ def test_the_pytorch_model_has_the_same_logits(victim):
     logits = jax.jit(victim.apply)(params, jnp.asarray(images))
     np.testing.assert_allclose(_forward_nchw(victim, weights, images), logits, rtol=1e-9)
     # A plain transpose of the first dense layer, without CHW to HWC, is another function.
-    first = next(layer for layer in victim.layers() if not isinstance(layer, Conv))
+    first = next(layer for layer in victim.layers() if isinstance(layer, Dense))
     plain = weights | {f"{first.name}.weight": params[first.name]["kernel"].T}
     assert not np.allclose(_forward_nchw(victim, plain, images), logits, rtol=1e-3)
 
@@ -111,7 +116,7 @@ def test_round_trips_are_exact(victim):
 def test_names_and_shapes(victim):
     weights = to_torch_layout(flatten_params(_params(victim)), victim)
     inputs, seen = victim.input_shape[-1], set()
-    for layer in victim.layers():
+    for layer in _with_kernels(victim):
         shape = weights[f"{layer.name}.weight"].shape
         seen |= {f"{layer.name}.weight", f"{layer.name}.bias"}
         if isinstance(layer, Conv):
@@ -184,7 +189,7 @@ def test_gradients_of_pytorch_itself(victim):
         for name, array in to_torch_layout(flatten_params(params), victim).items()
     }
     modules = []
-    for layer in victim.layers():
+    for layer in _with_kernels(victim):
         if isinstance(layer, Conv):
             inputs = weights[f"{layer.name}.weight"].shape[1]
             modules.append((layer.name, torch.nn.Conv2d(
