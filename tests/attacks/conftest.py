@@ -50,7 +50,9 @@ class Setting:
     def bins_of(self, images) -> np.ndarray:
         """The bin that each image falls into, -1 below the first threshold (the truth)."""
         planes = np.transpose(np.asarray(self.victim.normalization.normalize(images)), (3, 1, 2, 0))
-        q = ares.query_features(self.plan.kernel, self.plan.query, jax.numpy.asarray(planes))
+        q = ares.query_features(
+            self.plan.measurement(self.victim), self.plan.query, jax.numpy.asarray(planes)
+        )
         return np.searchsorted(self.plan.thresholds, q, side="left") - 1
 
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jgia.attacks import ares
-from jgia.attacks.ares.craft import _conditioning, smoothed_bin_masses
+from jgia.attacks.ares.calibrate import smoothed_bin_masses
+from jgia.attacks.ares.filters import _conditioning
 from jgia.config import AresOptions
 from jgia.models import flatten_params, make_victim
 from jgia.sparse import to_planes
@@ -163,9 +164,9 @@ def test_best_of_several_filter_banks_conditions_best(pools, setting):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ("mlp", "no convolution"),
-        ("lenet", "1 fully connected layers"),
-        ("convnet", "1 fully connected layers"),
+        ("mlp", "two hidden layers"),
+        ("lenet", "ends in sigmoid"),
+        ("convnet", "group normalization"),
     ],
 )
 def test_models_that_cannot_carry_the_attack_are_refused(model, message, setting):

@@ -30,6 +30,7 @@ def _plan(order=None) -> Plan:
         front_end="random",
         kernel=np.zeros((3, 3, 1, CHANNELS), np.float32),
         bias=np.zeros(CHANNELS, np.float32),
+        channels=np.arange(CHANNELS),
         query=query / query.sum(),
         thresholds=np.linspace(0.1, 1.6, BINS),
         order=np.arange(BINS) if order is None else order,
@@ -161,8 +162,8 @@ def test_shuffled_neurons_are_put_in_order(setting, observation):
 
 def test_float32_read_out_is_as_noisy_as_it_says(setting, observation):
     candidates = ares.leak(observation, setting.plan)
-    convs, _, _ = attackable_layers(setting.victim)
-    assert convs[0].features == candidates.activations.shape[-1]
+    first = attackable_layers(setting.victim).first
+    assert first.features == candidates.activations.shape[-1]
     planes = np.moveaxis(
         np.asarray(setting.victim.normalization.normalize(setting.images[:8])), 3, 1
     )

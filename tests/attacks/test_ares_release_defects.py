@@ -8,6 +8,7 @@ labels that reach the result.
 
 import ast
 import dataclasses
+import functools
 import importlib
 import inspect
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import pytest
 from scipy import special
 
 from jgia.attacks import ares
-from jgia.config import PerformanceFlags
+from jgia.config import AresOptions, PerformanceFlags
 from jgia.normalization import Normalization
 from jgia.sparse import (
     BlockDCT,
@@ -55,7 +56,7 @@ def test_1_gradient_of_the_imprint_layer_does_not_vanish(setting, observation):
 def test_2_bins_are_where_examples_fall(setting):
     images, num_bins = setting.images[:64], setting.plan.num_bins
     planes = to_planes(setting.victim.normalization.normalize(jnp.asarray(images)))
-    q = ares.query_features(setting.plan.kernel, setting.plan.query, planes)
+    q = ares.query_features(setting.plan.measurement(setting.victim), setting.plan.query, planes)
     released = special.ndtri(np.arange(1, num_bins) / num_bins)
     released = np.sort(np.append(released, -0.1))
 
@@ -99,7 +100,7 @@ def test_3_differences_go_forward(setting):
 
 def _features(setting, images) -> np.ndarray:
     planes = to_planes(setting.victim.normalization.normalize(jnp.asarray(images)))
-    return ares.query_features(setting.plan.kernel, setting.plan.query, planes)
+    return ares.query_features(setting.plan.measurement(setting.victim), setting.plan.query, planes)
 
 
 def _raster_runs(images: np.ndarray) -> np.ndarray:
@@ -118,7 +119,7 @@ def _support(coefficients: np.ndarray) -> float:
 
 
 def test_4_sparse_recovery_uses_a_true_block_transform(setting, monkeypatch):
-    module = importlib.import_module("jgia.attacks.ares.invert")
+    module = importlib.import_module("jgia.attacks.ares.recovery")
     seen = {}
 
     def spy(operator, y, mask, **kwargs):
@@ -128,10 +129,10 @@ def test_4_sparse_recovery_uses_a_true_block_transform(setting, monkeypatch):
     monkeypatch.setattr(module, "masked_lasso", spy)
     operator = ConvOperator(jnp.asarray(setting.plan.kernel))
     y = jnp.zeros((12, 16, 16, 1), jnp.float32)
-    jax.make_jaxpr(module._sparse.__wrapped__, static_argnums=0)(
-        LassoOptions(), jax.random.key(0), operator, y, y > 0
-    )
-    basis = seen.get("basis") or BlockDCT()
+    chosen = module.sparse_basis(AresOptions().basis)
+    sparse = functools.partial(module.sparse.__wrapped__, LassoOptions(), chosen)
+    jax.make_jaxpr(sparse)(operator, y, y > 0)
+    basis = seen["basis"]
     assert basis == BlockDCT(8)
     assert "BlockDCT()" in inspect.getsource(masked_lasso)  # what is used when left out
 

@@ -20,7 +20,7 @@ def attack(
     plan: Plan | None = None,
     options: AresOptions | None = None,
     performance: PerformanceFlags | None = None,
-    noise_std: float = 0.0,
+    noise_std: float | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Reconstruction:
     """Rebuild the images behind one update that was computed on crafted parameters.
@@ -31,7 +31,8 @@ def attack(
       plan: from :func:`craft`; read off the parameters when left out.
       options: see :class:`AresOptions`.
       performance: see :class:`PerformanceFlags`.
-      noise_std: noise that a defense is known to add to every gradient entry.
+      noise_std: noise that a defense is known to add to every entry; what the threat model
+        declares when left out.
       progress: called with the number of candidates finished.
 
     Returns:
@@ -48,7 +49,10 @@ def attack(
         )
     if plan is None:
         plan = read_plan(observation.victim, observation.params)
-    candidates = leak(observation, plan, noise_std=noise_std)
+    options = options or AresOptions()
+    if noise_std is None:
+        noise_std = observation.threat_model.noise_std
+    candidates = leak(observation, plan, noise_std=noise_std, first_layer=options.first_layer)
     return invert(
         key,
         candidates,

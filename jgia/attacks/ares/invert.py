@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,32 +11,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
-from jgia.attacks.ares.leak import Candidates
-from jgia.attacks.ares.plan import Plan
+from jgia.attacks.ares import modes
+from jgia.attacks.ares.candidates import Candidates, active, single_example
+from jgia.attacks.ares.measurement import Measurement
+from jgia.attacks.ares.plan import Plan, dense_operator
+from jgia.attacks.ares.predict import misprediction
+from jgia.attacks.ares.recovery import (
+    Recovered,
+    least_squares,
+    sparse,
+    sparse_basis,
+    subtract_pairs,
+    surely_determined,
+    undetermined,
+)
 from jgia.attacks.ares.verdict import Inversion, judge, mark_duplicates
 from jgia.config import AresOptions, PerformanceFlags
 from jgia.models import Victim
-from jgia.observation import Reconstruction
+from jgia.observation import Reconstruction, Status
 from jgia.sparse import (
-    ConvOperator,
     LassoOptions,
+    LinearOperator,
     from_planes,
-    largest_eigenvalue,
-    masked_lasso,
-    masked_least_squares,
     to_planes,
 )
 from jgia.sparse.least_squares import CONVERGED
 
-SELECTED_BY = "least-squares residual on the active measurements"
-_DETERMINED = 1e-2  # a probe pixel within this many standard deviations is determined
-_PROBE_TOLERANCE = 1e-5  # leaves determined pixels some 1e-3 off, well inside _DETERMINED
-_ITERATIONS_PER_PASS = 150  # twice what a well-determined image takes
-_ABANDON_RESIDUAL = 0.02  # far above any single sample's: no more digits for a mixture
+SELECTED_BY = "residual on the active measurements"
 _CACHE_BYTES = 2 << 20  # patches of one microbatch on CPU: stay inside the caches
 _DEVICE_BYTES = 512 << 20
+_DENSE_MICROBATCH = 256  # one product with a large matrix: the more columns the better
 
 
 def invert(
@@ -54,9 +59,9 @@ def invert(
 
     Over-determined candidates are solved to the precision of the dtype by masked least squares.
     Where the active equations leave pixels open (found by solving for a known random probe
-    through the same mask), the l1 problem in a block-DCT and colour basis with the one-sided
-    constraints of the inactive measurements fills them in, and a last least-squares correction
-    restores the determined ones.
+    through the same mask), the l1 problem in ``options.basis`` with the one-sided constraints of
+    the inactive measurements fills them in, and a last least-squares correction restores the
+    determined ones.
 
     Args:
       key: PRNG key of the rank probe.
@@ -76,12 +81,15 @@ def invert(
     inversion = solve_candidates(
         key, candidates, plan, victim, options=options, performance=performance, progress=progress
     )
-    statuses = judge(candidates, inversion, options)
+    mispredicted = misprediction(candidates, inversion.images, plan, victim)
+    statuses = judge(candidates, inversion, options, mispredicted=mispredicted)
+    inversion, statuses, bins = _with_known(candidates, inversion, statuses, victim)
     images = np.clip(np.where(np.isfinite(inversion.images), inversion.images, 0), 0, 1)
     mark_duplicates(statuses, images, inversion.residual)
 
     accepted = [i for i, status in enumerate(statuses) if status.accepted]
     accepted.sort(key=lambda i: inversion.residual[i])
+    noise = np.concatenate([candidates.noise, np.zeros(len(statuses) - len(candidates))])
     return Reconstruction(
         images=images[accepted].astype(np.float32),
         scores=-np.log10(np.maximum(inversion.residual[accepted], 1e-12)),
@@ -90,16 +98,41 @@ def invert(
         candidates=tuple(
             {
                 "status": str(statuses[i]),
-                "bin": int(candidates.bins[i]),
+                "bin": int(bins[i]),
                 "residual": _finite(inversion.residual[i]),
                 "determined": float(inversion.determined[i]),
                 "equations_per_unknown": float(inversion.equations_per_unknown[i]),
                 "iterations": int(inversion.iterations[i]),
-                "readout_noise": _finite(candidates.noise[i]),
+                "readout_noise": _finite(noise[i]),
             }
-            for i in range(len(candidates))
+            for i in range(len(statuses))
         ),
-        stats={"num_candidates": len(candidates), "front_end": plan.front_end},
+        stats={
+            "num_candidates": len(statuses),
+            "num_from_first_layer": len(candidates.known.bins),
+            "front_end": plan.front_end,
+            "inversion": options.inversion,
+        },
+    )
+
+
+def _with_known(
+    candidates: Candidates, inversion: Inversion, statuses: list[Status], victim: Victim
+) -> tuple[Inversion, list[Status], np.ndarray]:
+    """Append the images that the first layer gave away: nothing is left to solve for them."""
+    known = candidates.known
+    count = len(known.bins)
+    if not count:
+        return inversion, statuses, candidates.bins
+    norm = victim.normalization
+    pixels = known.inputs * np.asarray(norm.std, float) + np.asarray(norm.mean, float)
+    ones = np.ones(count)
+    found = Inversion(pixels, known.residual, ones, ones, ones * 0, ones * 0, ones * CONVERGED)
+    both = (np.concatenate([a, b.astype(a.dtype)]) for a, b in zip(inversion, found, strict=True))
+    return (
+        Inversion(*both),
+        [*statuses, *[Status.EXACT] * count],
+        np.concatenate([candidates.bins, known.bins]),
     )
 
 
@@ -119,18 +152,15 @@ def solve_candidates(
       ValueError: float64 was asked for and is not enabled.
     """
     dtype = solver_dtype(performance)
-    workers = _num_workers()
+    workers = 1 if plan.dense else _num_workers()
     # What the read-out already shows to be a mixture is not solved.
-    todo = np.flatnonzero(candidates.in_bracket & candidates.non_negative)
+    todo = np.flatnonzero(single_example(candidates))
     size = performance.microbatch or min(
         default_microbatch(victim.input_shape, plan.kernel.shape),
         _next_power_of_two(-(-len(todo) // workers)),
     )
-    operator = ConvOperator(jnp.asarray(plan.kernel, dtype))
-    key_probe, key_norm = jax.random.split(key)
     height, width, num_in = victim.input_shape
-    probe = jax.random.normal(key_probe, (num_in, height, width, 1), dtype)
-    solver = _Solver(operator, probe, key_norm, plan, options)
+    solver = _Solver.build(key, plan, victim, dtype, options)
 
     count = len(candidates)
     total = Inversion(
@@ -189,6 +219,8 @@ def _num_workers() -> int:
 
 def default_microbatch(image_shape: tuple[int, int, int], kernel_shape: tuple[int, ...]) -> int:
     """Candidates solved at once: a power of two that keeps the patches in cache or memory."""
+    if len(kernel_shape) == 2:
+        return _DENSE_MICROBATCH
     height, width, channels = image_shape
     patch_bytes = 4 * height * width * channels * kernel_shape[0] * kernel_shape[1]
     budget = _CACHE_BYTES if jax.default_backend() == "cpu" else _DEVICE_BYTES
@@ -197,124 +229,125 @@ def default_microbatch(image_shape: tuple[int, int, int], kernel_shape: tuple[in
 
 @dataclasses.dataclass(frozen=True)
 class _Solver:
-    """One microbatch: candidates to images, residuals and rank."""
+    """One microbatch: candidates to images, residuals and rank.
 
-    operator: ConvOperator
+    Attributes:
+      measured: the whole measurement.
+      operator: what is solved; of pairs of rows only the positive half.
+      probe: (C, H, W, 1) known image.
+      plan: the plan.
+      options: the options.
+    """
+
+    measured: Measurement
+    operator: LinearOperator
     probe: Array
-    key_norm: Array
     plan: Plan
     options: AresOptions
 
+    @classmethod
+    def build(
+        cls, key: Array, plan: Plan, victim: Victim, dtype: np.dtype, options: AresOptions
+    ) -> _Solver:
+        key_probe, _ = jax.random.split(key)
+        height, width, num_in = victim.input_shape
+        probe = jax.random.normal(key_probe, (num_in, height, width, 1), dtype)
+        measured = plan.measurement(victim, dtype)
+        operator = measured.operator
+        if _halves(plan):
+            operator = dense_operator(plan.kernel[:, plan.pairs[:, 0]].astype(dtype), victim)
+        return cls(measured, operator, probe, plan, options)
+
     def compile(self, size: int, dtype: np.dtype) -> None:
         """Solve a microbatch of zeros, so that threads do not all compile the same program."""
-        _, height, width, _ = self.probe.shape
-        zeros = jnp.zeros((self.operator.kernel.shape[-1], height, width, size), dtype)
-        _least_squares(self.operator, zeros, zeros > 0, self.probe)
+        zeros = jnp.zeros((*self.measured.exact.shape, size), dtype)
+        least_squares(self.operator, zeros, zeros > 0, self.probe)
 
     def __call__(
         self, candidates: Candidates, part: np.ndarray, size: int, victim: Victim, dtype: np.dtype
     ) -> Inversion:
         raw = candidates.activations[part]
         count = len(raw)
-        noise = candidates.noise[part][:, None, None, None]
-        active = raw > np.maximum(6 * noise, 1e-6 * raw.max(axis=(1, 2, 3), keepdims=True))
-        measured = np.where(active, raw - self.plan.bias, 0)
-        pad = ((0, size - count), (0, 0), (0, 0), (0, 0))
-        y = to_planes(jnp.asarray(np.pad(measured, pad), dtype))
-        mask = to_planes(jnp.asarray(np.pad(active, pad), dtype)) > 0
+        on = active(raw, candidates.noise[part])
+        recovered, equations = self._recover(raw, on, size, dtype)
 
-        pairs = self.plan.front_end == "signed"
-        if pairs:
-            x, residual, determined = _subtract_pairs(self.probe.shape[0], y, mask)
-            iterations, status = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.int32)
-        else:
-            x, residual, determined, iterations, status = _least_squares(
-                self.operator, y, mask, self.probe
-            )
-        undetermined = np.asarray(jnp.any(~determined, axis=(0, 1, 2)))[:count]
-        # A candidate that is provably a mixture is not worth the sparse recovery.
-        worth = undetermined & (np.asarray(residual)[:count] < 10 * self.options.mixture_residual)
-        if not pairs and worth.any():
-            lasso = LassoOptions(lam_ratio=self.options.lam_ratio, num_stages=10)
-            # Every microbatch takes the same step: the answer must not depend on its place.
-            key = jax.random.clone(self.key_norm)
-            x_sparse = _sparse(lasso, key, self.operator, y, mask)
-            x = jnp.where(jnp.asarray(np.pad(worth, (0, size - count))), x_sparse, x)
-
-        pixels = victim.normalization.denormalize(from_planes(x))
-        surely = from_planes(_surely_determined(determined).astype(dtype)) > 0
+        pixels = victim.normalization.denormalize(from_planes(recovered.x))
+        surely = from_planes(surely_determined(recovered.determined).astype(dtype)) > 0
         excess = jnp.where(surely, jnp.maximum(pixels - 1, -pixels), 0)
-        unknowns = np.prod(self.probe.shape)
         return Inversion(
             images=np.asarray(pixels)[:count],
-            residual=np.asarray(residual, np.float64)[:count],
-            determined=np.asarray(determined.mean(axis=(0, 1, 2)))[:count],
-            equations_per_unknown=active.sum(axis=(1, 2, 3)) / unknowns,
+            residual=np.asarray(recovered.residual, np.float64)[:count],
+            determined=np.asarray(recovered.determined.mean(axis=(0, 1, 2)))[:count],
+            equations_per_unknown=equations / self.probe.size,
             range_excess=np.asarray(excess.max(axis=(1, 2, 3)))[:count],
-            iterations=np.asarray(iterations)[:count],
-            status=np.asarray(status)[:count],
+            iterations=np.asarray(recovered.iterations)[:count],
+            status=np.asarray(recovered.status)[:count],
         )
 
+    def _recover(
+        self, raw: np.ndarray, on: np.ndarray, size: int, dtype: np.dtype
+    ) -> tuple[Recovered, np.ndarray]:
+        """Images, and how many equations each had."""
+        exact, bias = (np.moveaxis(a, 0, -1) for a in (self.measured.exact, self.measured.bias))
+        solved = on & exact
+        equations = solved.sum(axis=(1, 2, 3))
+        mode = self.options.inversion
+        if mode not in modes.MASKED:
+            h = _planes(raw, size, dtype)
+            return modes.baseline(
+                mode, self.measured, h, self.probe, sparse_basis(self.options.basis)
+            ), equations
+        if _halves(self.plan):
+            first, second = self.plan.pairs.T
+            difference = np.where(on[..., first], raw[..., first], 0) - np.where(
+                on[..., second], raw[..., second], 0
+            )
+            y = _planes(difference, size, dtype)
+            equations = np.full(len(raw), len(first))
+            return self._masked(y, jnp.ones(y.shape, bool), equations, None), equations
+        y = _planes(np.where(solved, raw - bias, 0), size, dtype)
+        mask = _planes(solved, size, dtype) > 0
+        if self.plan.front_end == "signed" and y.shape[1:3] == self.probe.shape[1:3]:
+            return subtract_pairs(self.probe.shape[0], y, mask), equations
+        bounded = None
+        if not exact.all() or bias.any():  # where off, the entry is at most -bias, not 0
+            bounded = _planes(~on & exact & (bias == 0), size, dtype) > 0
+        return self._masked(y, mask, equations, bounded), equations
 
-@jax.jit
-def _least_squares(
-    operator: ConvOperator, y: Array, mask: Array, probe: Array
-) -> tuple[Array, ...]:
-    """Solve for the data to the last digit, and for a known image through the same mask."""
-    result = masked_least_squares(
-        operator,
-        y,
-        mask,
-        tolerance=float(jnp.finfo(y.dtype).eps) / 4,
-        max_iterations=_ITERATIONS_PER_PASS,
-        num_refinements=5,
-        abandon_residual=_ABANDON_RESIDUAL,
-    )
-    known = jnp.broadcast_to(probe, (*probe.shape[:3], y.shape[-1]))
-    found = masked_least_squares(
-        operator,
-        operator.apply(known),
-        mask,
-        tolerance=_PROBE_TOLERANCE,
-        max_iterations=_ITERATIONS_PER_PASS,
-        num_refinements=3,
-    )
-    determined = jnp.abs(found.x - known) < _DETERMINED
-    return result.x, result.relative_residual, determined, result.iterations, result.status
+    def _masked(
+        self, y: Array, mask: Array, equations: np.ndarray, bounded: Array | None
+    ) -> Recovered:
+        """Least squares, and the sparse prior for whatever it leaves open."""
+        count = len(equations)
+        if equations.max(initial=0) >= self.probe.size:
+            recovered = least_squares(self.operator, y, mask, self.probe)
+        else:
+            recovered = undetermined(y, self.probe.shape[:3])
+        unclear = np.asarray(jnp.any(~recovered.determined, axis=(0, 1, 2)))[:count]
+        # A candidate that is provably a mixture is not worth the sparse recovery.
+        limit = 10 * self.options.mixture_residual
+        worth = unclear & (np.asarray(recovered.residual)[:count] < limit)
+        if not worth.any():
+            return recovered
+        lasso = LassoOptions(
+            lam_ratio=self.options.lam_ratio,
+            num_stages=10,
+            one_sided=self.options.inversion == "masked_onesided",
+        )
+        x_sparse = sparse(lasso, sparse_basis(self.options.basis), self.operator, y, mask, bounded)
+        chosen = jnp.asarray(np.pad(worth, (0, y.shape[-1] - count)))
+        return recovered._replace(x=jnp.where(chosen, x_sparse, recovered.x))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _sparse(
-    lasso: LassoOptions, key: Array, operator: ConvOperator, y: Array, mask: Array
-) -> Array:
-    """l1 recovery, then the smallest correction that restores the active equations."""
-    shape = (operator.kernel.shape[2], y.shape[1], y.shape[2])
-    # The estimate approaches from below, hence the margin.
-    bound = 1.05 * largest_eigenvalue(key, operator, shape)
-    x = masked_lasso(operator, y, mask, options=lasso, step_bound=bound).x
-    remaining = jnp.where(mask, y - operator.apply(x), 0)
-    correction = masked_least_squares(operator, remaining, mask, tolerance=1e-5)
-    return x + correction.x
+def _halves(plan: Plan) -> bool:
+    """Whether pairs of rows leave one linear equation each, free of any mask."""
+    return plan.dense and len(plan.pairs) > 0 and bool(np.all(plan.bias[plan.pairs] == 0))
 
 
-def _surely_determined(determined: Array) -> Array:
-    """Pixels that are determined together with all their neighbours: (1, H, W, J).
-
-    The probe is met by chance in about 1 % of the undetermined values, but never in a whole
-    neighbourhood of them.
-    """
-    whole = jnp.all(determined, axis=0, keepdims=True)
-    return lax.reduce_window(whole, True, lax.bitwise_and, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _subtract_pairs(num: int, y: Array, mask: Array) -> tuple[Array, Array, Array]:
-    """``x = ReLU(x) - ReLU(-x)``; a pair that is on both sides proves a mixture."""
-    plus, minus = y[:num], y[num : 2 * num]
-    conflict = jnp.where(mask[:num] & mask[num : 2 * num], jnp.minimum(plus, minus), 0)
-    norm = jnp.sqrt(jnp.sum(plus**2 + minus**2, axis=(0, 1, 2)))
-    residual = jnp.sqrt(jnp.sum(conflict**2, axis=(0, 1, 2))) / jnp.where(norm > 0, norm, 1)
-    return plus - minus, residual, jnp.ones(plus.shape, bool)
+def _planes(values: np.ndarray, size: int, dtype: np.dtype) -> Array:
+    """(J, H', W', F) padded to ``size`` samples, as planes (F, H', W', size)."""
+    pad = ((0, size - len(values)), (0, 0), (0, 0), (0, 0))
+    return to_planes(jnp.asarray(np.pad(values, pad), dtype))
 
 
 def _next_power_of_two(number: int) -> int:

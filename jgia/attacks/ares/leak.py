@@ -2,58 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 
 from jgia import _checks
+from jgia.attacks.ares.candidates import Candidates, measured_candidates
+from jgia.attacks.ares.first_layer import read_first_layer
 from jgia.attacks.ares.plan import Plan, attackable_layers
+from jgia.config import FirstLayer
 from jgia.observation import Observation
 
 _EPS = float(np.finfo(np.float32).eps)
 _ROWS_PER_CHUNK = 16384
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidates:
-    """Activations read out of one update, one per occupied bin, in order of bins.
-
-    Attributes:
-      activations: (J, H, W, F) float64; exact up to read-out noise where one example sits alone
-        in the bin, a signed mixture of several otherwise.
-      bins: (J,) bin index j: the difference of neurons ``order[j]`` and ``order[j + 1]``.
-      signals: (J,) bias-gradient difference, the denominator of the read-out.
-      noise: (J,) estimated standard deviation of an activation's entries.
-      scale_error: (J,) estimated relative error that all entries share, because parameters were
-        rounded during local training; 0 for a gradient.
-      in_bracket: (J,) whether ``thresholds[j] < q <= thresholds[j + 1]`` up to noise: a convex
-        mixture passes, most signed ones do not.
-      non_negative: (J,) whether no entry is negative beyond noise, as a rectified activation
-        must be.
-      signal_floor: differences at or below this were taken for noise.
-    """
-
-    activations: np.ndarray
-    bins: np.ndarray
-    signals: np.ndarray
-    noise: np.ndarray
-    scale_error: np.ndarray
-    in_bracket: np.ndarray
-    non_negative: np.ndarray
-    signal_floor: float
-
-    def __len__(self) -> int:
-        return len(self.bins)
-
-    def take(self, indices: np.ndarray) -> Candidates:
-        """The candidates at the given positions."""
-        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        rows = {name: v[indices] for name, v in values.items() if isinstance(v, np.ndarray)}
-        return dataclasses.replace(self, **rows)
-
-
-def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Candidates:
-    """Forward differences of neighbouring neurons' gradients, in float64 on the host.
+def leak(
+    observation: Observation,
+    plan: Plan,
+    *,
+    noise_std: float = 0.0,
+    first_layer: FirstLayer = "joint",
+) -> Candidates:
+    """Forward differences of neighboring neurons' gradients, in float64 on the host.
 
     ``h_j = (G_j - G_{j+1}) / (g_j - g_{j+1})`` and ``h_{K-1} = G_{K-1} / g_{K-1}`` with G and g
     the gradients of the layer's weights and biases: examples with ``t_j < q <= t_{j+1}``
@@ -61,31 +30,26 @@ def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Can
     learning rate do as well as a gradient, up to the rounding of the trained parameters: where
     that leaves the scale of an activation open, the bin it fell into bounds it.
 
+    Behind a fully connected first layer that layer's own gradient is read as well
+    (:mod:`jgia.attacks.ares.first_layer`).
+
     Args:
       observation: what the server holds after the round.
       plan: from :func:`craft` or :func:`read_plan`, for the parameters in the observation.
       noise_std: standard deviation of noise that a defense is known to add to every entry; the
         read-out estimates it from the empty bins when it is larger than told.
+      first_layer: how the gradient of a fully connected first layer is read: ``"joint"``,
+        ``"ratio"`` or ``"ignore"``.
 
     Returns:
       :class:`Candidates`; possibly none.
 
     Raises:
-      ValueError: the update's fully connected layer does not fit the plan.
+      ValueError: the update's fully connected layer is not visible or does not fit the plan.
     """
     _checks.non_negative(noise_std=noise_std)
-    convs, _, _ = attackable_layers(observation.victim)
-    height, width, _ = observation.victim.input_shape
-    layer = observation.update[plan.fc_name]
-    weight_gradient, bias_gradient = np.asarray(layer["kernel"]), np.asarray(layer["bias"])
-    num_features = convs[-1].features
-    expected = (height * width * num_features, plan.num_bins)
-    if weight_gradient.shape != expected or bias_gradient.shape != expected[1:]:
-        raise ValueError(
-            f"the update's layer {plan.fc_name!r} has shapes {weight_gradient.shape} and "
-            f"{bias_gradient.shape}, the plan reads {expected} and {expected[1:]}; was it made "
-            "with another model?"
-        )
+    weight_gradient, bias_gradient, num_features = _imprint_gradient(observation, plan)
+    height, width, num_passed = plan.query.shape
     g = bias_gradient.astype(np.float64)[plan.order]
     differences = g - np.append(g[1:], 0.0)
     weight_rounding, bias_rounding = _parameter_rounding(observation, plan)
@@ -94,14 +58,13 @@ def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Can
     floor = max(rounding, 4 * np.sqrt(2) * float(np.hypot(gradient_noise, bias_rounding)))
     kept = np.flatnonzero(np.abs(differences) > floor)
 
-    num_passed = plan.kernel.shape[-1]
     activations = np.empty((len(kept), height * width, num_passed))
     largest = np.zeros(len(kept))
     rows = weight_gradient.reshape(height * width, num_features, plan.num_bins)[:, :num_passed]
     pixels = max(1, _ROWS_PER_CHUNK // num_passed)
     for start in range(0, height * width, pixels):
         chunk = slice(start, start + pixels)
-        upper, lower = _neighbours(rows[chunk], plan.order, kept)
+        upper, lower = _neighbors(rows[chunk], plan.order, kept)
         largest = np.maximum(largest, np.abs(upper).max(axis=(0, 1), initial=0.0))
         ratio = (upper - lower) / differences[kept]
         activations[:, chunk] = np.moveaxis(ratio, -1, 0)
@@ -110,24 +73,39 @@ def leak(observation: Observation, plan: Plan, *, noise_std: float = 0.0) -> Can
     noise = _readout_noise(largest, differences[kept], typical, gradient_noise)
     noise += np.sqrt(2) * weight_rounding / np.abs(differences[kept])
     scale_error = np.sqrt(2) * bias_rounding / np.abs(differences[kept])
-    q = np.einsum("jpf,pf->j", activations, plan.query.reshape(-1, num_passed).astype(float))
-    edges = np.append(plan.thresholds, np.inf)
-    slack = (1e-4 + 6 * scale_error) * np.abs(q) + 6 * noise * np.linalg.norm(plan.query)
-    in_bracket = (q > edges[kept] - slack) & (q <= edges[kept + 1] + slack)
-    rescaled = in_bracket & (scale_error > 0) & (q > 0)
-    factor = np.clip(q, edges[kept], edges[kept + 1])[rescaled] / q[rescaled]
-    activations[rescaled] *= factor[:, None, None]
-    lowest = activations.min(axis=(1, 2), initial=0.0)
-    return Candidates(
-        activations=activations.reshape(-1, height, width, num_passed),
+    candidates = measured_candidates(
+        plan,
+        activations.reshape(-1, height, width, num_passed),
         bins=kept,
         signals=differences[kept],
         noise=noise,
         scale_error=scale_error,
-        in_bracket=in_bracket,
-        non_negative=lowest >= -10 * noise,
         signal_floor=floor,
     )
+    if not plan.dense:
+        return candidates
+    return read_first_layer(observation, plan, candidates, first_layer)
+
+
+def _imprint_gradient(observation: Observation, plan: Plan) -> tuple[np.ndarray, np.ndarray, int]:
+    """Weight and bias gradient of the imprint layer, and how many features enter it per pixel."""
+    if plan.fc_name not in observation.update:
+        raise ValueError(
+            f"the update does not show layer {plan.fc_name!r}, which ARES reads; it shows "
+            f"{', '.join(sorted(observation.update)) or 'nothing'}."
+        )
+    height, width, _ = plan.query.shape
+    layer = observation.update[plan.fc_name]
+    weights, biases = np.asarray(layer["kernel"]), np.asarray(layer["bias"])
+    num_features = attackable_layers(observation.victim).num_inputs
+    expected = (height * width * num_features, plan.num_bins)
+    if weights.shape != expected or biases.shape != expected[1:]:
+        raise ValueError(
+            f"the update's layer {plan.fc_name!r} has shapes {weights.shape} and "
+            f"{biases.shape}, the plan reads {expected} and {expected[1:]}; was it made "
+            "with another model?"
+        )
+    return weights, biases, num_features
 
 
 def _parameter_rounding(observation: Observation, plan: Plan) -> tuple[float, float]:
@@ -158,7 +136,7 @@ def _gradient_noise(differences: np.ndarray, noise_std: float, rounding: float) 
     return max(seen, noise_std)
 
 
-def _neighbours(
+def _neighbors(
     rows: np.ndarray, order: np.ndarray, kept: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Gradients of neurons order[j] and order[j + 1] (zero past the last), float64."""

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jgia.attacks.ares.leak import Candidates
+from jgia.attacks.ares.candidates import Candidates, single_example
+from jgia.attacks.ares.predict import LARGEST_MISPREDICTION
 from jgia.config import AresOptions
 from jgia.observation import Status
 from jgia.sparse.least_squares import CONVERGED, NONFINITE
@@ -40,16 +41,35 @@ class Inversion(NamedTuple):
     status: np.ndarray
 
 
-def judge(candidates: Candidates, inversion: Inversion, options: AresOptions) -> list[Status]:
-    """The single-sample tests, one verdict per candidate."""
+def judge(
+    candidates: Candidates,
+    inversion: Inversion,
+    options: AresOptions,
+    *,
+    mispredicted: np.ndarray | None = None,
+) -> list[Status]:
+    """The single-sample tests, one verdict per candidate.
+
+    Args:
+      candidates: what was read.
+      inversion: what it was solved to.
+      options: see :class:`~jgia.config.AresOptions`.
+      mispredicted: (J,) from :func:`~jgia.attacks.ares.predict.misprediction`; zeros if left out.
+    """
+    if mispredicted is None:
+        mispredicted = np.zeros(len(candidates))
     activations = candidates.activations
     flat = activations.reshape(len(activations), int(np.prod(activations.shape[1:])))
     scale = np.sqrt(np.mean(flat**2, axis=1)) if len(candidates) else np.zeros(0)
+    single = single_example(candidates)
     statuses = []
     for i in range(len(candidates)):
         relative_noise = candidates.noise[i] / max(scale[i], 1e-300)
         noise_limit = min(4 * relative_noise, _LARGEST_SINGLE_RESIDUAL)
         limit = max(options.mixture_residual, noise_limit)
+        # An image that is determined has no error of the sparse prior to excuse.
+        exact = inversion.determined[i] == 1
+        prediction_limit = limit if exact else LARGEST_MISPREDICTION
         if (
             inversion.status[i] == NONFINITE
             or not np.all(np.isfinite(flat[i]))
@@ -57,8 +77,8 @@ def judge(candidates: Candidates, inversion: Inversion, options: AresOptions) ->
         ):
             statuses.append(Status.NONFINITE)
         elif (
-            not candidates.in_bracket[i]
-            or not candidates.non_negative[i]
+            not single[i]
+            or mispredicted[i] > prediction_limit
             or inversion.residual[i] > limit
             or inversion.range_excess[i]
             > _PIXEL_SLACK + 10 * candidates.noise[i] + 3 * candidates.scale_error[i]
