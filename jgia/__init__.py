@@ -14,16 +14,24 @@ if TYPE_CHECKING:
     from jgia.audit import AuditOutcome as AuditOutcome
     from jgia.audit import run_audit as run_audit
     from jgia.config import AresOptions as AresOptions
+    from jgia.config import AttackConfig as AttackConfig
     from jgia.config import AuditConfig as AuditConfig
     from jgia.config import ClientConfig as ClientConfig
+    from jgia.config import CraftConfig as CraftConfig
     from jgia.config import DataConfig as DataConfig
+    from jgia.config import DefenseConfig as DefenseConfig
     from jgia.config import ModelConfig as ModelConfig
     from jgia.config import PerformanceFlags as PerformanceFlags
+    from jgia.config.imprint import ImprintOptions as ImprintOptions
     from jgia.data import Dataset as Dataset
     from jgia.data import load_dataset as load_dataset
+    from jgia.defenses import detect_crafted as detect_crafted
+    from jgia.defenses import make_defense as make_defense
     from jgia.federated import client_update as client_update
     from jgia.federated import load_update as load_update
     from jgia.federated import save_update as save_update
+    from jgia.federated import simulate_clients as simulate_clients
+    from jgia.inspect import inspect_parameters as inspect_parameters
     from jgia.metrics import score as score
     from jgia.models import Victim as Victim
     from jgia.models import make_victim as make_victim
@@ -33,15 +41,21 @@ if TYPE_CHECKING:
     from jgia.observation import Status as Status
     from jgia.observation import ThreatModel as ThreatModel
     from jgia.observation import Truth as Truth
+    from jgia.observation import restrict as restrict
     from jgia.report import write_report as write_report
+    from jgia.sweep import run_sweep as run_sweep
 
 _EXPORTS = {
     "AresOptions": "jgia.config",
+    "AttackConfig": "jgia.config",
     "AuditConfig": "jgia.config",
     "AuditOutcome": "jgia.audit",
     "ClientConfig": "jgia.config",
+    "CraftConfig": "jgia.config",
     "DataConfig": "jgia.config",
     "Dataset": "jgia.data",
+    "DefenseConfig": "jgia.config",
+    "ImprintOptions": "jgia.config.imprint",
     "ModelConfig": "jgia.config",
     "Normalization": "jgia.normalization",
     "Observation": "jgia.observation",
@@ -52,12 +66,18 @@ _EXPORTS = {
     "Truth": "jgia.observation",
     "Victim": "jgia.models",
     "client_update": "jgia.federated",
+    "detect_crafted": "jgia.defenses",
+    "inspect_parameters": "jgia.inspect",
     "load_dataset": "jgia.data",
     "load_update": "jgia.federated",
+    "make_defense": "jgia.defenses",
     "make_victim": "jgia.models",
+    "restrict": "jgia.observation",
     "run_audit": "jgia.audit",
+    "run_sweep": "jgia.sweep",
     "save_update": "jgia.federated",
     "score": "jgia.metrics",
+    "simulate_clients": "jgia.federated",
     "write_report": "jgia.report",
 }
 

@@ -14,15 +14,23 @@ import jax
 import numpy as np
 
 from jgia._clock import StageClock
-from jgia.attacks import ares
+from jgia.attacks import ares, imprint
 from jgia.config import AresOptions, AuditConfig, DataConfig, ModelConfig, PerformanceFlags
 from jgia.data import Dataset, load_dataset, split_client_public
-from jgia.federated import client_update
+from jgia.defenses import make_defense
+from jgia.federated import simulate_clients
 from jgia.metrics import score
 from jgia.models import Victim, make_victim
 from jgia.normalization import Normalization
 from jgia.observation import Observation, Reconstruction, ThreatModel, Truth
 from jgia.report import SCHEMA_VERSION
+
+_BASELINES = {
+    "rtf": imprint.rtf,
+    "trap_weights": imprint.trap_weights,
+    "qbi": imprint.qbi,
+    "loki": imprint.loki,
+}
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage in words, steps done, steps in all)."""
@@ -67,6 +75,7 @@ def run_audit(
       ValueError: the data, the model or the options do not fit; before anything expensive runs.
     """
     config = config or AuditConfig()
+    baseline = _BASELINES.get(config.attack)
     ares.solver_dtype(config.performance)  # refuse what is not available before any compute
     report = progress or (lambda stage, done, total: None)
     clock = StageClock()
@@ -76,30 +85,62 @@ def run_audit(
     with clock.stage("setup_s"):
         client, public = load_split(config.data, batch=config.batch, seed=config.seed)
         victim = build_victim(config.model, client, public, normalize=config.data.normalize)
-        ares.attackable_layers(victim)  # refuse an impossible attack before any compute
+        check = baseline.check if baseline else ares.attackable_layers
+        check(victim)  # refuse an impossible attack before any compute
         images, labels = client.take(np.arange(len(client)))
         calibration, _ = public.take(np.arange(len(public)))
     report("crafting parameters", 0, 1)
     with clock.stage("setup_s"):
-        params, plan = ares.craft(key_craft, victim, calibration, options=config.ares)
+        if baseline:
+            params, plan = baseline.craft(
+                key_craft, victim, calibration, options=config.imprint, num_examples=len(images)
+            )
+        else:
+            params, plan = ares.craft(
+                key_craft,
+                victim,
+                calibration,
+                options=config.ares,
+                num_examples=len(images),
+                client=config.client,
+            )
 
     report("client computes its update", 0, 1)
     with clock.stage("client_s"):
-        observation = client_update(key_client, victim, params, images, labels, config.client)
+        observation = simulate_clients(
+            key_client,
+            victim,
+            params,
+            images,
+            labels,
+            config.client,
+            defense=make_defense(config.defense),
+        )
         jax.block_until_ready(observation.update)
     threat = dataclasses.replace(observation.threat_model, public_data=public.provenance)
     observation = dataclasses.replace(observation, threat_model=threat)
     truth = Truth(images=images, labels=labels)
 
-    reconstruction = timed_ares(
-        key_attack,
-        observation,
-        plan,
-        options=config.ares,
-        performance=config.performance,
-        clock=clock,
-        report=report,
-    )
+    if isinstance(plan, ares.Plan):
+        reconstruction = timed_ares(
+            key_attack,
+            observation,
+            plan,
+            options=config.ares,
+            performance=config.performance,
+            clock=clock,
+            report=report,
+        )
+    else:
+        report("reading images out of the update", 0, 1)
+        with clock.stage("leak_s"):
+            reconstruction = _BASELINES[plan.method].attack(
+                key_attack,
+                observation,
+                plan=plan,
+                options=config.imprint,
+                noise_std=threat.noise_std,
+            )
 
     report("scoring", 0, 1)
     with clock.stage("score_s"):
@@ -145,7 +186,12 @@ def timed_ares(
     """The attack's two halves, each timed as a stage, with progress per candidate."""
     report("reading activations out of the update", 0, 1)
     with clock.stage("leak_s"):
-        candidates = ares.leak(observation, plan)
+        candidates = ares.leak(
+            observation,
+            plan,
+            noise_std=observation.threat_model.noise_std,
+            first_layer=options.first_layer,
+        )
     total = max(1, len(candidates))
     report("inverting activations", 0, total)
     with clock.stage("invert_s"):
@@ -208,8 +254,7 @@ def build_victim(
         input_shape=client.image_shape,
         num_classes=max(2, client.num_classes),
         normalization=normalization,
-        widths=config.widths,
-        fc_width=config.fc_width,
+        **config.architecture(),
     )
 
 

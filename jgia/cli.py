@@ -1,10 +1,11 @@
-"""The command line: ``jgia audit``, ``jgia craft``, ``jgia attack``."""
+"""The command line: ``jgia audit``, ``craft``, ``attack``, ``sweep``, ``inspect``."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import io
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -63,10 +64,52 @@ class Attack:
     config: AttackConfig
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sweep:
+    """Run many audits from one TOML file, into one table; killed and started again, it goes on.
+
+    Every cell is one `jgia audit`. OUT gets a record for every cell, results.csv, figures/*.png and
+    sweep.json. Cells that the library refuses are recorded with the reason.
+    """
+
+    config: tyro.conf.Positional[Path]
+    """TOML file: [base] options, [axes] to cross, [[zip]] groups, single [[cells]], seeds."""
+
+    out: Path = Path("jgia-sweep")
+    """Folder for the results; finished cells that it holds are not run again."""
+
+    dry_run: bool = False
+    """Check the file and list the cells; run nothing."""
+
+    retry_failed: bool = False
+    """Run cells again that failed. Refused ones would be refused again."""
+
+    minutes: float | None = None
+    """Start no cell later than this; the next call goes on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Look for marks of an attack in parameters that a server sent, before training on them.
+
+    Needs no model and no data. Prints the decision with its reasons, and every check's score
+    beside the score at which it flags. The exit code is 0 whatever was found.
+    """
+
+    params: tyro.conf.Positional[Path]
+    """.npz or .safetensors file in this library's layout or PyTorch's, or a folder written by
+    `jgia craft`."""
+
+    json: bool = False
+    """Print the report as JSON instead of lines."""
+
+
 _Command = (
     Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Craft, tyro.conf.subcommand("craft")]
     | Annotated[Attack, tyro.conf.subcommand("attack")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 )
 
 _DESCRIPTION = (
@@ -78,8 +121,8 @@ _DESCRIPTION = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code.
 
-    0 after a finished run (whatever was or was not recovered), 2 for bad input with one clear
-    line on standard error, 130 after Ctrl-C.
+    0 after a finished run (whatever was or was not recovered or found), 1 after a sweep in which
+    a cell failed, 2 for bad input with one clear line on standard error, 130 after Ctrl-C.
     """
     argv = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -127,6 +170,10 @@ def _run(command: Any, argv: list[str]) -> int:
         return _audit(command, argv, console)
     if isinstance(command, Craft):
         return _craft(command.config, console)
+    if isinstance(command, Sweep):
+        return _sweep(command, console)
+    if isinstance(command, Inspect):
+        return _inspect(command)
     return _attack(command.config, argv, console)
 
 
@@ -177,6 +224,47 @@ def _attack(config: AttackConfig, argv: list[str], console: Console) -> int:
         paths = _write(config.out, outcome)
     _show(outcome, paths, as_json=config.json)
     return 0
+
+
+def _sweep(command: Sweep, console: Console) -> int:
+    from jgia.config.sweep import read_sweep
+
+    sweep = read_sweep(command.config)
+    from rich.console import Console
+
+    from jgia.sweep import run_sweep
+    from jgia.sweep.console import SweepLine, print_cells, print_results
+
+    if command.dry_run:
+        print_cells(Console(), sweep, command.out, retry_failed=command.retry_failed)
+        return 0
+    with SweepLine(console) as line:
+        results = run_sweep(
+            sweep,
+            command.out,
+            retry_failed=command.retry_failed,
+            minutes=command.minutes,
+            progress=line.update,
+        )
+    print_results(Console(), results, command.out)
+    return 1 if results.counts()["failed"] else 0
+
+
+def _inspect(command: Inspect) -> int:
+    from jgia.inspect import inspect_parameters, inspection_lines
+
+    report = inspect_parameters(command.params)
+    if command.json:
+        fields = {**dataclasses.asdict(report), "suspicion": report.suspicion}
+        print(json.dumps(fields, indent=2))
+    else:
+        print("\n".join(map(_printable, inspection_lines(report))))
+    return 0
+
+
+def _printable(line: str) -> str:
+    """A line that may hold names from a file, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
 
 
 def _write(folder: Path, outcome: AuditOutcome) -> dict[str, Path]:

@@ -28,7 +28,8 @@ def as_images(array: np.ndarray, what: str) -> np.ndarray:
     """Check pixels and bring them to (N, H, W, C) uint8, or float32 in [0, 1].
 
     Args:
-      array: (N, H, W) grey, or (N, H, W, C) with C of 1 or 3; uint8, another integer dtype with
+      array: (N, H, W) grey, (N, H, W, C) with C of 1 or 3, or (N, D) vectors, which become
+        images (N, 1, D, 1); uint8, another integer dtype with
         values in 0..255, or float32 / float64 in [0, 1].
       what: what the array is, to begin an error message.
 
@@ -38,12 +39,14 @@ def as_images(array: np.ndarray, what: str) -> np.ndarray:
     Raises:
       DataError: any other shape, dtype or value.
     """
+    if array.ndim == 2:  # vectors, tabular rows: images one pixel high
+        array = array[:, None, :]
     if array.ndim == 3:
         array = array[..., None]
     if array.ndim != 4 or 0 in array.shape:
         raise DataError(
-            f"{what} must have shape (N, H, W) or (N, H, W, C) without empty axes, "
-            f"got {array.shape}."
+            f"{what} must have shape (N, H, W), (N, H, W, C), or (N, D) for vectors, without "
+            f"empty axes, got {array.shape}."
         )
     if array.shape[-1] not in (1, 3):
         hint = "keep one grey or three RGB channels."

@@ -87,6 +87,10 @@ class ThreatModelRecord(TypedDict):
     num_examples: Positive | None
     labels_known: bool
     public_data: str
+    defense: NotRequired[str]
+    noise_std: NotRequired[Annotated[float, Bounds(0)]]
+    num_clients: NotRequired[Positive]
+    visible_layers: NotRequired[list[str] | None]
 
 
 class Candidate(TypedDict):

@@ -191,10 +191,15 @@ def threat_model_words(threat_model: Mapping[str, Any]) -> list[tuple[str, str]]
     else:
         steps = plural(threat_model["local_steps"], "local step")
         sees = f"The change of the parameters after {steps} of training (FedAvg)."
+    if (clients := threat_model.get("num_clients", 1)) > 1:
+        sees += f" Summed over {clients} clients by secure aggregation: no single update is seen."
+    if layers := threat_model.get("visible_layers"):
+        sees += f" Of the layers {', '.join(layers)} only."
     pairs = [
         ("Who can do this", who),
         ("What it changes", changes),
         ("What it sees", sees),
+        ("What clients do against it", _defense(threat_model)),
         ("What it assumes", _knowledge(threat_model)),
         ("Public data", threat_model["public_data"]),
     ]
@@ -214,6 +219,14 @@ def threat_model_words(threat_model: Mapping[str, Any]) -> list[tuple[str, str]]
             )
         )
     return pairs
+
+
+def _defense(threat_model: Mapping[str, Any]) -> str:
+    defense, noise_std = threat_model.get("defense", "none"), threat_model.get("noise_std", 0.0)
+    if defense == "none":
+        return "Nothing that is known: updates are taken for what training computed."
+    told = f" The attacker is told the noise: {noise_std:.3g} on every entry." if noise_std else ""
+    return f"They defend with {defense}.{told}"
 
 
 def _knowledge(threat_model: Mapping[str, Any]) -> str:

@@ -114,6 +114,8 @@ def _options(type_) -> set[str]:
             "ModelConfig": config.ModelConfig,
             "ClientConfig": config.ClientConfig,
             "AresOptions": config.AresOptions,
+            "DefenseConfig": config.DefenseConfig,
+            "ImprintOptions": config.ImprintOptions,
             "PerformanceFlags": config.PerformanceFlags,
             "AuditConfig": config.AuditConfig,
         }.get(str(field.type))

@@ -194,7 +194,7 @@ def test_unknown_option_exits_with_2_and_says_so(arguments, run):
     assert "__tyro" not in err
 
 
-_STAGES = ["load_split", "build_victim", "client_update", "score", "assemble_result"]
+_STAGES = ["load_split", "build_victim", "simulate_clients", "score", "assemble_result"]
 
 
 @pytest.mark.parametrize("stage", _STAGES)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jgia.attacks import ares
+from jgia.attacks import ares, imprint
 from jgia.config import AresOptions, PerformanceFlags
 from jgia.data import load_dataset
 from jgia.federated import client_update
@@ -28,12 +28,19 @@ class AttackCase:
       attack: from a key and an observation to a reconstruction.
       observe: an observation on which it recovers at least one image, made once.
       needs_malicious_server: whether it must refuse an honest-but-curious one.
+      variant: its name where a package holds several attacks.
     """
 
     package: str
     attack: Callable[[Any, Observation], Reconstruction]
     observe: Callable[[], Observation]
     needs_malicious_server: bool
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """Package and variant."""
+        return f"{self.package}.{self.variant}" if self.variant else self.package
 
 
 @functools.cache
@@ -49,6 +56,33 @@ def _observe_ares() -> Observation:
     return client_update(jax.random.key(1), victim, params, images[:4], labels[:4])
 
 
+@functools.cache
+def _observe_imprint(method: str, model: str) -> Observation:
+    dataset = load_dataset("sample")
+    images, labels = dataset.take(np.arange(36))
+    images = images[:, 8:16, 8:16]
+    victim = make_victim(
+        model,  # pyright: ignore[reportArgumentType]
+        input_shape=(8, 8, 3),
+        num_classes=dataset.num_classes,
+        fc_width=32,
+        widths=(64,),
+    )
+    craft = getattr(imprint, method).craft
+    params, _ = craft(jax.random.key(0), victim, images[4:], num_examples=4)
+    return client_update(jax.random.key(1), victim, params, images[:4], labels[:4])
+
+
+def _imprint_case(method: str, model: str) -> AttackCase:
+    return AttackCase(
+        package="imprint",
+        variant=method,
+        attack=getattr(imprint, method).attack,
+        observe=functools.partial(_observe_imprint, method, model),
+        needs_malicious_server=True,
+    )
+
+
 CASES = (
     AttackCase(
         package="ares",
@@ -56,4 +90,8 @@ CASES = (
         observe=_observe_ares,
         needs_malicious_server=True,
     ),
+    _imprint_case("rtf", "imprint_mlp"),
+    _imprint_case("trap_weights", "mlp"),
+    _imprint_case("qbi", "mlp"),
+    _imprint_case("loki", "cnn"),
 )

@@ -30,7 +30,7 @@ def _load_cases():
 
 
 CASES = _load_cases()
-cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.package)
+cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 def _attacks(package: Path) -> set[str]:
@@ -48,7 +48,8 @@ def _copied(tree):
 
 
 def test_every_attack_has_exactly_one_case():
-    assert sorted(case.package for case in CASES) == sorted(_attacks(_PACKAGE))
+    assert {case.package for case in CASES} == _attacks(_PACKAGE)
+    assert len({case.name for case in CASES}) == len(CASES)
 
 
 def test_an_attack_without_a_case_is_seen(tmp_path):

@@ -155,7 +155,8 @@ def test_resizing_is_lanczos_on_the_center_square(tmp_path: Path, size: int) -> 
         ({"x": X.astype(complex), "y": Y}, "dtype"),
         ({"x": X.transpose(0, 3, 1, 2), "y": Y}, "transpose"),
         ({"x": X.repeat(2, -1), "y": Y}, "channels"),
-        ({"x": X[0, 0], "y": Y}, "shape"),
+        ({"x": X[0, 0, 0], "y": Y}, "shape"),
+        ({"x": X[0, 0], "y": Y}, "differ in number"),  # vectors, but not six
         ({"x": X[None], "y": Y}, "shape"),
         ({"x": X[:0], "y": Y[:0]}, "empty"),
         ({"x": np.uint8(3), "y": Y}, "shape"),
@@ -365,3 +366,12 @@ def test_benchmark_files(shared_data: Path, file: str, shape: tuple, classes: in
     with np.load(shared_data / file, allow_pickle=False) as raw:
         key = "x" if "x" in raw.files else "x_train"
         np.testing.assert_array_equal(data.images.reshape(20, -1), raw[key][:20].reshape(20, -1))
+
+
+def test_vectors_are_images_one_pixel_high(tmp_path):
+    rows = np.random.default_rng(0).random((6, 5)).astype(np.float32)
+    np.savez(tmp_path / "table.npz", images=rows, labels=np.arange(6) % 2)
+    dataset = load_dataset(f"npz:{tmp_path / 'table.npz'}")
+    assert dataset.image_shape == (1, 5, 1)
+    images, _ = dataset.take(np.arange(6))
+    np.testing.assert_array_equal(images[:, 0, :, 0], rows)

@@ -211,6 +211,16 @@ def test_honest_but_curious_reads_differently(case):
     assert "Only parameter values" in malicious
 
 
+def test_sums_and_hidden_layers_are_said(case):
+    threat = {**case.result["threat_model"], "num_clients": 8, "visible_layers": ["fc", "head"]}
+    page = Page(render(case, threat_model=threat)).text
+    assert "Summed over 8 clients by secure aggregation" in page
+    assert "Of the layers fc, head only" in page
+    alone = Page(render(case, threat_model={**threat, "num_clients": 1, "visible_layers": None}))
+    assert "Summed over" not in alone.text
+    assert "Of the layers" not in alone.text
+
+
 def test_every_status_has_a_meaning_and_knows_whether_it_is_returned():
     assert set(words.STATUS_MEANINGS) == {str(status) for status in Status}
     for status in Status:
