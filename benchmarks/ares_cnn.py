@@ -22,6 +22,7 @@ from typing import Any
 import ares_peers
 import harness
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jgia.attacks import ares
@@ -82,7 +83,8 @@ class Bench:
     def bins_of(self, images: np.ndarray) -> np.ndarray:
         """The bin each true image falls into (evaluation only)."""
         planes = self.victim.normalization.normalize(images).transpose(3, 1, 2, 0)
-        q = ares.query_features(self.plan.kernel, self.plan.query, planes)
+        measured = self.plan.measurement(self.victim)
+        q = ares.query_features(measured, self.plan.query, jnp.asarray(planes))
         return np.searchsorted(self.plan.thresholds, q, side="left") - 1
 
     def invert(self, candidates: ares.Candidates) -> Reconstruction:
