@@ -22,6 +22,7 @@ DOCUMENTS = sorted(
         ROOT / "benchmarks" / "README.md",
     ]
 )
+COMMANDS = {"audit", "craft", "attack", "sweep", "inspect"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -103,7 +104,7 @@ def test_every_document_is_reachable_from_the_index():
 
 
 def test_documented_options_exist(capsys: pytest.CaptureFixture[str]):
-    known = set().union(*(options_of(c, capsys) for c in ("audit", "craft", "attack")))
+    known = set().union(*(options_of(command, capsys) for command in COMMANDS))
     assert {"--data", "--crafted", "--layout"} <= known
     for path in DOCUMENTS:
         # Lines that start with another program are checked by running them.
@@ -120,7 +121,7 @@ def test_documented_options_exist(capsys: pytest.CaptureFixture[str]):
 
 def test_documented_commands_parse():
     lines = jgia_lines()
-    assert {line.split()[1] for line in lines} == {"audit", "craft", "attack"}
+    assert {line.split()[1] for line in lines} == COMMANDS
     for line in lines:
         tyro.cli(
             cli._Command,  # pyright: ignore[reportArgumentType]
