@@ -1,0 +1,84 @@
+"""The state of a search in a file: written atomically, read back only by the same search."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jgia._io import atomic_write_bytes
+from jgia.attacks.gradient_matching.objective import Problem
+from jgia.attacks.gradient_matching.search import State
+
+_FINGERPRINT = "fingerprint"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or belongs to another search."""
+
+
+def fingerprint(problem: Problem, key: jax.Array) -> str:
+    """A digest of everything that decides a search: data, model, settings, key, versions."""
+    digest = hashlib.sha256()
+    statics = (problem.victim, problem.threat_model, problem.settings, jax.__version__)
+    digest.update(repr(statics).encode())
+    digest.update(np.asarray(jax.random.key_data(key)).tobytes())
+    for leaf in jax.tree.leaves(problem):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def save(
+    path: Path,
+    states: list[State],
+    losses: np.ndarray,
+    frames: Mapping[int, np.ndarray],
+    *,
+    mark: str,
+) -> None:
+    """Write all states, the losses so far (R, steps) and the images kept, by step."""
+    arrays: dict[str, Any] = {f"state/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(states))}
+    arrays |= {f"frame/{step}": images for step, images in frames.items()}
+    content = io.BytesIO()
+    np.savez(content, **arrays, losses=losses, **{_FINGERPRINT: np.asarray(mark)})
+    atomic_write_bytes(path, content.getvalue())
+
+
+def load(
+    path: Path, like: list[State], *, mark: str
+) -> tuple[list[State], np.ndarray, dict[int, np.ndarray]] | None:
+    """What :func:`save` wrote; ``None`` where there is no file.
+
+    Raises:
+      CheckpointError: the file is damaged, or another search wrote it.
+    """
+    if not path.exists():
+        return None
+    leaves, structure = jax.tree.flatten(like)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            found = str(stored[_FINGERPRINT])
+            arrays: list[Any] = [stored[f"state/{i}"] for i in range(len(leaves))]
+            losses = stored["losses"]
+            names = [name for name in stored.files if name.startswith("frame/")]
+            frames = {int(name.removeprefix("frame/")): stored[name] for name in names}
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of a search ({type(error).__name__}); remove it to start "
+            "anew."
+        ) from error
+    if found != mark:
+        raise CheckpointError(
+            f"{path} belongs to another search (other data, model, settings, seed or version of "
+            "jax); remove it to start anew, or name another file."
+        )
+    if any(a.shape != b.shape or a.dtype != b.dtype for a, b in zip(arrays, leaves, strict=True)):
+        raise CheckpointError(f"{path} does not fit this search; remove it to start anew.")
+    states = jax.tree.unflatten(structure, [jnp.asarray(array) for array in arrays])
+    return states, losses, frames

@@ -1,0 +1,131 @@
+"""Run searches to their end: in Python or in ``scan``, one by one or vmapped, with a memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jgia.attacks.gradient_matching import search
+from jgia.attacks.gradient_matching.objective import Problem
+from jgia.attacks.gradient_matching.search import Info, State
+
+Driver = Literal["auto", "python", "scan"]
+PyTree = Any
+
+_CONSENSUS_EVERY = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What a run has to show between two stretches of steps.
+
+    Attributes:
+      step: steps done.
+      losses: (R, n) losses of the last stretch, one row for each restart.
+      states: the states, one for each group of restarts.
+    """
+
+    step: int
+    losses: np.ndarray
+    states: list[State]
+
+
+def resolve_driver(driver: Driver) -> Literal["python", "scan"]:
+    """``auto``: Python on CPU, where XLA runs convolutions inside a loop slowly; else ``scan``."""
+    if driver != "auto":
+        return driver
+    return "python" if jax.default_backend() == "cpu" else "scan"
+
+
+def run(
+    problems: Sequence[Problem],
+    states: list[State],
+    *,
+    num_steps: int,
+    stretch: int,
+    driver: Driver = "auto",
+    on_event: Callable[[Event], bool] | None = None,
+) -> list[State]:
+    """Advance all states to ``num_steps``, in stretches between which the host looks at them.
+
+    Args:
+      problems: what each group of searches looks for; the same one again for restarts.
+      states: groups of searches, every array with a leading axis (R,); their buffers are given up.
+        All have done the same number of steps.
+      num_steps: steps in all, those done before included.
+      stretch: steps between events.
+      driver: ``"python"`` calls a compiled step, ``"scan"`` compiles a stretch; the answers agree
+        to rounding.
+      on_event: called after every stretch; the run ends when it returns true.
+
+    Returns:
+      The states.
+    """
+    advance = _advance_python if resolve_driver(driver) == "python" else _advance_scan
+    settings = problems[0].settings
+    done = int(np.asarray(states[0].step).reshape(-1)[0])
+    while done < num_steps:
+        count = min(stretch - done % stretch, num_steps - done)
+        if settings.group_prior:
+            count = min(count, _CONSENSUS_EVERY - done % _CONSENSUS_EVERY)
+        losses = []
+        for i, (problem, state) in enumerate(zip(problems, states, strict=True)):
+            states[i], info = advance(problem, state, count)
+            losses.append(info.loss)
+        done += count
+        if settings.group_prior and done % _CONSENSUS_EVERY == 0:
+            states = _with_consensus(states)
+        if on_event is not None:
+            event = Event(done, np.concatenate([np.asarray(part) for part in losses]), states)
+            if on_event(event):
+                break
+    return states
+
+
+@functools.partial(jax.jit, donate_argnums=1)
+def _one_step(problem: Problem, state: State) -> tuple[State, Info]:
+    if state.step.shape == (1,) and not problem.stacked:
+        # A vmapped convolution is slower on CPU, even if there is only one.
+        single = jax.tree.map(lambda leaf: leaf[0], state)
+        return jax.tree.map(lambda leaf: leaf[None], search.step(single, problem))
+    if not problem.stacked:
+        return jax.vmap(search.step, in_axes=(0, None))(state, problem)
+
+    def one(state: State, update: PyTree, statistics: PyTree, labels: Array) -> tuple[State, Info]:
+        own = dataclasses.replace(
+            problem, update=update, statistics=statistics, labels=labels, stacked=False
+        )
+        return search.step(state, own)
+
+    return jax.vmap(one)(state, problem.update, problem.statistics, problem.labels)
+
+
+def _advance_python(problem: Problem, state: State, count: int) -> tuple[State, Info]:
+    infos = []
+    for _ in range(count):
+        state, info = _one_step(problem, state)
+        infos.append(info)
+    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *infos)
+
+
+@functools.partial(jax.jit, static_argnames="count", donate_argnums=1)
+def _advance_scan(problem: Problem, state: State, count: int) -> tuple[State, Info]:
+    state, infos = jax.lax.scan(lambda s, _: _one_step(problem, s), state, None, length=count)
+    return state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), infos)
+
+
+def _with_consensus(states: list[State]) -> list[State]:
+    """The mean over all searches, given to each."""
+    inputs: list[Array] = [state.variables.inputs for state in states]
+    mean = jnp.concatenate(inputs).mean(axis=0, keepdims=True)
+    return [
+        state._replace(consensus=jnp.broadcast_to(mean, state.consensus.shape) + 0)
+        for state in states
+    ]
