@@ -300,7 +300,7 @@ def assemble_result(
             "image_shape": list(victim.input_shape),
             "num_classes": victim.num_classes,
         },
-        "threat_model": dataclasses.asdict(threat_model),
+        "threat_model": threat_model.record(),
         "attack": {
             "name": attack_name,
             "selected_by": reconstruction.selected_by,

@@ -32,6 +32,8 @@ class Status(enum.StrEnum):
     """Fewer equations than unknowns somewhere: filled in by the sparse prior."""
     RANK_DEFICIENT = "rank_deficient"
     """Enough equations by count, but some pixels are not determined by them."""
+    MATCHED = "matched"
+    """The best point of a search that matches updates: nothing certifies it, see its loss."""
     NOT_CONVERGED = "not_converged"
     """The solver reached its iteration limit; the image is its best point."""
     MIXTURE = "mixture"
@@ -53,6 +55,7 @@ _ACCEPTED = frozenset(
         Status.NOISY,
         Status.REGULARIZED,
         Status.RANK_DEFICIENT,
+        Status.MATCHED,
         Status.NOT_CONVERGED,
     }
 )
@@ -67,10 +70,20 @@ class ThreatModel:
         ``"honest_but_curious"`` sends what training produced and only looks.
       protocol: ``"fedsgd"`` shares one gradient of the mean loss, ``"fedavg"`` the difference
         between the parameters after local training and those sent.
-      local_steps: optimizer steps behind a FedAvg update (1 for FedSGD).
+      local_steps: optimizer steps behind a FedAvg update (1 for FedSGD) if the attacker knows
+        them, else ``None``.
       local_learning_rate: the client's learning rate if the attacker knows it, else ``None``.
+      local_epochs: passes over the examples behind a FedAvg update; ``local_steps`` is a multiple
+        of it.
+      local_batch_size: examples per local step if the attacker knows it; an equal share of the
+        examples is assumed when left out.
+      local_optimizer: the client's optimizer: ``"sgd"``, ``"momentum"`` or ``"adam"``.
+      local_momentum: decay of the optimizer ``"momentum"``.
+      local_order: the rows of the client's examples that each local step used, if the attacker
+        knows them, else ``None``. A single pass hides nothing by its order: a batch has none.
       num_examples: how many examples the update covers if the attacker knows it, else ``None``.
-      labels_known: whether labels are given to the attacker. No attack here needs them yet.
+      labels: the client's labels, one for each example, if they are given to the attacker, else
+        ``None``.
       public_data: what public images the attacker calibrates on, in words.
       defense: what the client does against leakage, in words.
       noise_std: declared standard deviation of the random noise on every shared entry if the
@@ -82,10 +95,15 @@ class ThreatModel:
 
     server: Literal["malicious", "honest_but_curious"] = "malicious"
     protocol: Literal["fedsgd", "fedavg"] = "fedsgd"
-    local_steps: int = 1
+    local_steps: int | None = 1
     local_learning_rate: float | None = None
+    local_epochs: int = 1
+    local_batch_size: int | None = None
+    local_optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    local_momentum: float = 0.9
+    local_order: tuple[tuple[int, ...], ...] | None = None
     num_examples: int | None = None
-    labels_known: bool = False
+    labels: tuple[int, ...] | None = None
     public_data: str = "none"
     defense: str = "none"
     noise_std: float = 0.0
@@ -95,7 +113,18 @@ class ThreatModel:
     def __post_init__(self) -> None:
         _checks.one_of(("malicious", "honest_but_curious"), server=self.server)
         _checks.one_of(("fedsgd", "fedavg"), protocol=self.protocol)
-        _checks.at_least(1, local_steps=self.local_steps, num_clients=self.num_clients)
+        _checks.one_of(("sgd", "momentum", "adam"), local_optimizer=self.local_optimizer)
+        _checks.fraction(local_momentum=self.local_momentum)
+        _checks.at_least(1, num_clients=self.num_clients, local_epochs=self.local_epochs)
+        if self.local_batch_size is not None:
+            _checks.at_least(1, local_batch_size=self.local_batch_size)
+        if self.local_steps is not None:
+            _checks.at_least(1, local_steps=self.local_steps)
+            if self.local_steps % self.local_epochs:
+                raise ValueError(
+                    f"local_steps={self.local_steps} must be a multiple of "
+                    f"local_epochs={self.local_epochs}: every pass takes the same number of steps."
+                )
         _checks.non_negative(noise_std=self.noise_std)
         if self.local_learning_rate is not None:
             _checks.positive(local_learning_rate=self.local_learning_rate)
@@ -111,6 +140,36 @@ class ThreatModel:
                 f"protocol='fedsgd' shares one gradient, got local_steps={self.local_steps}; "
                 "use protocol='fedavg' for several local steps."
             )
+        self._check_examples()
+
+    def _check_examples(self) -> None:
+        """What is said of single examples fits their number."""
+        if self.labels is not None:
+            if self.num_examples is not None and len(self.labels) != self.num_examples:
+                raise ValueError(
+                    f"labels must name one class for each of num_examples={self.num_examples}, "
+                    f"got {len(self.labels)}."
+                )
+            _checks.at_least(0, **{"every label": min(self.labels, default=0)})
+        if self.local_order is not None and len(self.local_order) != self.local_steps:
+            raise ValueError(
+                f"local_order must list the rows of each of local_steps={self.local_steps}, got "
+                f"{len(self.local_order)} lists."
+            )
+
+    @property
+    def labels_known(self) -> bool:
+        """Whether labels are given to the attacker."""
+        return self.labels is not None
+
+    def record(self) -> dict[str, Any]:
+        """The fields as plain data for a report, without anything private: no labels, no rows."""
+        fields = dataclasses.asdict(self)
+        del fields["labels"], fields["local_order"]
+        return fields | {
+            "labels_known": self.labels_known,
+            "order_known": self.local_order is not None,
+        }
 
 
 @jax.tree_util.register_dataclass
@@ -125,6 +184,8 @@ class Observation:
       params: the parameters that the server sent.
       victim: the model: architecture, input shape, normalization.
       threat_model: what the attacker may do and know.
+      batch_statistics: ``{"norm1": (means, variances), ...}`` of the client's batch, where it
+        shares those of its batch normalizations with the update, else ``None``.
     """
 
     update: PyTree
@@ -133,6 +194,7 @@ class Observation:
     threat_model: ThreatModel = dataclasses.field(
         default_factory=ThreatModel, metadata={"static": True}
     )
+    batch_statistics: PyTree | None = None
 
     @classmethod
     def from_arrays(
@@ -228,6 +290,23 @@ class Truth:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class History:
+    """How an iterative attack went, from its own point of view.
+
+    Attributes:
+      steps: (T,) step numbers, from 1.
+      losses: (T,) the attack's loss at these steps.
+      frame_steps: (F,) steps at which images were kept.
+      frames: (F, J, H, W, C) pixels in [0, 1], in the order of the reconstruction's images.
+    """
+
+    steps: Any
+    losses: Any
+    frame_steps: Any
+    frames: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Reconstruction:
     """What an attack returns. Row i of every array belongs to the same image, best score first.
 
@@ -238,6 +317,8 @@ class Reconstruction:
       scores: (J,) the attack's own confidence, higher is better; never computed from the truth.
       statuses: one :class:`Status` per returned image.
       selected_by: the rule that ordered and accepted the candidates, in words.
+      labels: (J,) class of each image, where the attack inferred or was given them.
+      history: how a search went, for those that iterate.
       candidates: one plain mapping per candidate that was looked at, accepted or not, with at
         least ``status``; JSON-ready.
       stats: solver and read-out numbers, JSON-ready.
@@ -249,6 +330,8 @@ class Reconstruction:
     selected_by: str
     candidates: tuple[Mapping[str, Any], ...] = ()
     stats: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    labels: Any = None
+    history: History | None = None
 
 
 def checked_tree(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -236,13 +237,16 @@ def _combined(
 ) -> ThreatModel:
     rates = {threat.local_learning_rate for threat in threats}
     known = [count for count in counts if count is not None]
+    labels = [threat.labels for threat in threats if threat.labels is not None]
+    steps = [threat.local_steps for threat in threats if threat.local_steps is not None]
     return dataclasses.replace(
         threats[0],
         num_clients=sum(threat.num_clients for threat in threats),
         num_examples=sum(known) if len(known) == len(threats) else None,
-        local_steps=max(threat.local_steps for threat in threats),
+        local_steps=max(steps) if len(steps) == len(threats) else None,
         local_learning_rate=rates.pop() if len(rates) == 1 else None,
-        labels_known=all(threat.labels_known for threat in threats),
+        local_order=None,
+        labels=tuple(itertools.chain(*labels)) if len(labels) == len(threats) else None,
         noise_std=math.hypot(
             *(share * threat.noise_std for share, threat in zip(shares, threats, strict=True))
         ),

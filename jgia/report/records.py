@@ -82,8 +82,13 @@ class ThreatModelRecord(TypedDict):
 
     server: Literal["malicious", "honest_but_curious"]
     protocol: Literal["fedsgd", "fedavg"]
-    local_steps: Positive
+    local_steps: Positive | None
     local_learning_rate: float | None
+    local_epochs: NotRequired[Positive]
+    local_batch_size: NotRequired[Positive | None]
+    local_optimizer: NotRequired[Literal["sgd", "momentum", "adam"]]
+    local_momentum: NotRequired[float]
+    order_known: NotRequired[bool]
     num_examples: Positive | None
     labels_known: bool
     public_data: str

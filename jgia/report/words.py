@@ -189,7 +189,8 @@ def threat_model_words(threat_model: Mapping[str, Any]) -> list[tuple[str, str]]
     if threat_model["protocol"] == "fedsgd":
         sees = "One gradient of the mean loss over the client's batch (FedSGD)."
     else:
-        steps = plural(threat_model["local_steps"], "local step")
+        number = threat_model["local_steps"]
+        steps = plural(number, "local step") if number else "an unknown number of local steps"
         sees = f"The change of the parameters after {steps} of training (FedAvg)."
     if (clients := threat_model.get("num_clients", 1)) > 1:
         sees += f" Summed over {clients} clients by secure aggregation: no single update is seen."

@@ -120,7 +120,7 @@ def test_knowledge_is_combined():
 
     seen = aggregate(
         [
-            client(num_examples=3, noise_std=0.4, labels_known=True),
+            client(num_examples=3, noise_std=0.4, labels=(1, 2, 0)),
             client(num_examples=None, noise_std=0.3, num_clients=2),
         ],
         weights=[1.0, 1.0],

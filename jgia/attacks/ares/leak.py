@@ -117,7 +117,7 @@ def _parameter_rounding(observation: Observation, plan: Plan) -> tuple[float, fl
     if observation.threat_model.protocol != "fedavg":
         return 0.0, 0.0
     eps = float(np.finfo(observation.params[plan.fc_name]["bias"].dtype).eps)
-    unit = eps * float(np.sqrt(observation.threat_model.local_steps / 12))
+    unit = eps * float(np.sqrt((observation.threat_model.local_steps or 1) / 12))
     return unit * float(np.abs(plan.query).max()), unit * float(np.abs(plan.thresholds).max())
 
 

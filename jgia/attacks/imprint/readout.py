@@ -104,7 +104,7 @@ def _parameter_rounding(observation: Observation, layer: str) -> float:
         return 0.0
     params = observation.params[layer]
     largest = max(_largest(params["kernel"]), _largest(params["bias"]))
-    return _EPS * largest * float(np.sqrt(observation.threat_model.local_steps / 12))
+    return _EPS * largest * float(np.sqrt((observation.threat_model.local_steps or 1) / 12))
 
 
 def _noise(
