@@ -44,6 +44,11 @@ class ClientConfig:
     shuffle: bool = True
     """Draw a new order of the examples for every epoch, from the key alone."""
 
+    share_batch_statistics: bool = False
+    """Share the means and variances that the client's batch gave its batch normalizations with the
+    update (those of the first local step with FedAvg), as clients do whose server keeps running
+    statistics. Needs a model with batch normalization."""
+
     def __post_init__(self) -> None:
         _checks.one_of(("fedsgd", "fedavg"), protocol=self.protocol)
         _checks.one_of(("sgd", "momentum", "adam"), optimizer=self.optimizer)
@@ -57,6 +62,12 @@ class ClientConfig:
                 "protocol='fedsgd' shares one gradient of the whole batch, got "
                 f"local_epochs={self.local_epochs}, local_batch_size={self.local_batch_size}; "
                 "use protocol='fedavg' for local training."
+            )
+        if self.share_batch_statistics and self.num_clients > 1:
+            raise ValueError(
+                "share_batch_statistics is for one client, got "
+                f"num_clients={self.num_clients}: sums of statistics are not simulated; leave one "
+                "of them out."
             )
 
     def num_steps(self, num_examples: int) -> int:

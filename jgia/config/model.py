@@ -7,7 +7,17 @@ from typing import Any, Literal, get_args
 
 from jgia import _checks
 
-ModelName = Literal["cnn", "mlp", "lenet", "convnet", "resnet", "imprint_cnn", "imprint_mlp"]
+ModelName = Literal[
+    "cnn",
+    "mlp",
+    "lenet",
+    "convnet",
+    "resnet",
+    "resnet18",
+    "vgg11",
+    "imprint_cnn",
+    "imprint_mlp",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,13 +26,14 @@ class ModelConfig:
 
     model: ModelName = "cnn"
     """`cnn` (convolutions, one wide fully connected layer, head: what ARES attacks), `resnet`
-    (residual blocks, then the same), `mlp`, `lenet` (Deep Leakage from Gradients), `convnet`
-    (group normalization, pooling), `imprint_cnn` and `imprint_mlp` (behind the linear block of
-    Robbing the Fed, which no honest model has)."""
+    (residual blocks, then the same), `resnet18` and `vgg11` (as published, for classes and image
+    sizes of your own), `mlp`, `lenet` (Deep Leakage from Gradients), `convnet` (group
+    normalization, pooling), `imprint_cnn` and `imprint_mlp` (behind the linear block of Robbing
+    the Fed, which no honest model has)."""
 
     widths: tuple[int, ...] | None = None
-    """Convolution channels (cnn, convnet, lenet), channels of each stage (resnet) or hidden widths
-    (mlp); default of the model."""
+    """Convolution channels (cnn, convnet, lenet, the 8 of vgg11), channels of each stage (resnet,
+    the 4 of resnet18) or hidden widths (mlp); default of the model."""
 
     fc_width: int = 1024
     """Neurons of the fully connected layer of a cnn or resnet, or of the block of imprint_cnn and
@@ -44,15 +55,19 @@ class ModelConfig:
     """Residual blocks in each stage of a resnet; 1 by default."""
 
     norm: Literal["none", "batch", "group"] | None = None
-    """Normalization in a resnet; batch by default."""
+    """Normalization in a resnet or resnet18 (batch by default) or vgg11 (none by default)."""
 
     batch_norm: Literal["eval", "train"] | None = None
-    """Batch normalization in a resnet by running statistics that the server sends (`eval`, the
-    default) or by those of the client's batch (`train`, which couples its examples)."""
+    """Batch normalization by running statistics that the server sends (`eval`, the default) or by
+    those of the client's batch (`train`, which couples its examples)."""
 
     head: Literal["flatten_fc", "pool"] | None = None
     """What a resnet ends in: flatten, fully connected layer, head (the default), or global average
     pooling, head."""
+
+    stem: Literal["cifar", "imagenet"] | None = None
+    """How a resnet18 begins: a 3x3 convolution of stride 1 (`cifar`, the default), or a 7x7 one of
+    stride 2 and 3x3 maxima of stride 2 (`imagenet`)."""
 
     def __post_init__(self) -> None:
         _checks.one_of(get_args(ModelName), model=self.model)

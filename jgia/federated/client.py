@@ -15,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
 
+from jgia import _checks
 from jgia.config import ClientConfig
 from jgia.defenses import Defense, DpSgdStats
 from jgia.models import Victim, flatten_params
@@ -50,6 +51,11 @@ def client_update(
     gradient** (the only one of FedSGD, that of each step of FedAvg). Clipping, additive noise,
     quantization and sparsification change **what is shared**, once, at the end.
 
+    With ``config.share_batch_statistics`` the means and biased variances of what entered the batch
+    normalizations travel along (:meth:`~jgia.models.Victim.batch_statistics`): at the parameters
+    that were sent, on the client's batch (FedSGD) or on that of the first local step (FedAvg), and
+    on the augmented images where a defense augments. No noise is added to them.
+
     Args:
       key: random key; decides the order of the examples and the defense's draws, from separate
         streams, and nothing else. Without a defense it is unused when no order matters (FedSGD,
@@ -68,8 +74,9 @@ def client_update(
       ``dataclasses.replace``.
 
     Raises:
-      ValueError: images, labels or parameters do not fit the model, or the defense does not;
-        nothing was computed.
+      ValueError: images, labels or parameters do not fit the model, or the defense does not, or
+        batch statistics are to be shared that the model does not have or that dropout and DP-SGD
+        leave undefined; nothing was computed.
       ClientError: the gradient or the trained parameters have NaN or infinite entries, before or
         after the defense; with DP-SGD, the gradient of any single example.
 
@@ -106,6 +113,11 @@ def client_update(
     classes = _check_labels(labels, pixels.shape[0], victim)
     params, dtype = _check_params(params, victim)
     pixels = pixels.astype(dtype, copy=False)
+    statistics = None
+    if config.share_batch_statistics:
+        _check_statistics(victim, defense)
+        first = pixels[next(_minibatches(key, len(classes), config))]
+        statistics = _batch_statistics(victim, params, client_images(key, first, defense))
     gradient_fn = _Gradients(key, victim, config, defense)
     if config.protocol == "fedsgd":
         update = gradient_fn(params, pixels, classes)
@@ -124,11 +136,41 @@ def client_update(
             protocol=config.protocol,
             local_steps=1 if config.protocol == "fedsgd" else config.num_steps(len(classes)),
             local_learning_rate=None if config.protocol == "fedsgd" else config.learning_rate,
+            local_epochs=config.local_epochs,
+            local_batch_size=config.local_batch_size,
+            local_optimizer=config.optimizer if config.protocol == "fedavg" else "sgd",
+            local_momentum=config.momentum,
             num_examples=len(classes),
             defense="none" if defense is None else defense.words,
             noise_std=noise_std,
         ),
+        batch_statistics=statistics,
     )
+
+
+def local_order(
+    key: PRNGKeyArray, num_examples: int, config: ClientConfig = ClientConfig()
+) -> tuple[tuple[int, ...], ...]:
+    """The rows of the client's examples that each local step uses, in the order of the steps.
+
+    Args:
+      key: the key of :func:`client_update`, which takes the same rows.
+      num_examples: how many examples the client holds.
+      config: as given to :func:`client_update`.
+
+    Returns:
+      One tuple of rows for each local step; one of all rows for FedSGD. Every epoch uses every row
+      once.
+
+    Raises:
+      ValueError: no example.
+
+    >>> config = ClientConfig(protocol="fedavg", local_batch_size=2, shuffle=False)
+    >>> local_order(jax.random.key(0), 3, config)
+    ((0, 1), (2,))
+    """
+    _checks.at_least(1, num_examples=num_examples)
+    return tuple(tuple(map(int, rows)) for rows in _minibatches(key, num_examples, config))
 
 
 def client_images(key: PRNGKeyArray, images: ArrayLike, defense: Defense | None) -> Array:
@@ -160,6 +202,11 @@ def _step_key(key: PRNGKeyArray, step: int) -> PRNGKeyArray:
 @functools.partial(jax.jit, static_argnums=0)
 def _gradient(victim: Victim, params: PyTree, images: Array, labels: Array) -> PyTree:
     return jax.grad(victim.loss)(params, images, labels)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _batch_statistics(victim: Victim, params: PyTree, images: Array) -> PyTree:
+    return victim.batch_statistics(params, victim.normalization.normalize(images))
 
 
 class _Gradients:
@@ -271,6 +318,21 @@ def _require_finite(update: PyTree, config: ClientConfig, *, defended: bool = Fa
             cause = "Its noise or rounding overflows the dtype: choose a weaker one"
         subject = "the defended update" if defended else "the update"
         raise ClientError(f"{subject} of {', '.join(bad)} has NaN or infinite entries. {cause}.")
+
+
+def _check_statistics(victim: Victim, defense: Defense | None) -> None:
+    inputs = jax.ShapeDtypeStruct((1, *victim.input_shape), "float32")
+    if not jax.eval_shape(victim.batch_statistics, victim.param_shapes(), inputs):
+        raise ValueError(
+            f"share_batch_statistics needs batch normalization, which the model {victim.name!r} "
+            "does not have; choose --model resnet, resnet18 or vgg11 with --norm batch."
+        )
+    without = sorted({"dropout", "dp_sgd"} & set(defense.config.defense if defense else ()))
+    if without:
+        raise ValueError(
+            f"share_batch_statistics cannot go with the defense {without[0]!r}, whose gradient is "
+            "not that of one pass of the batch; leave one of them out."
+        )
 
 
 def _check_images(images: Any, victim: Victim) -> np.ndarray:

@@ -75,7 +75,12 @@ def aggregate(
     for observation, share in zip(observations, shares, strict=True):
         total = _add(total, observation.update, share)
     threats = [observation.threat_model for observation in observations]
-    return dataclasses.replace(first, update=total, threat_model=_combined(threats, shares, counts))
+    return dataclasses.replace(
+        first,
+        update=total,
+        threat_model=_combined(threats, shares, counts),
+        batch_statistics=None,
+    )
 
 
 def simulate_clients(
@@ -156,7 +161,7 @@ def simulate_clients(
         threats.append(seen.threat_model)
         total = _add(total, seen.update, shares[client])
     threat = _combined(threats, shares, [len(part) for part in parts])
-    return dataclasses.replace(first, update=total, threat_model=threat)
+    return dataclasses.replace(first, update=total, threat_model=threat, batch_statistics=None)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

@@ -1,5 +1,6 @@
 """Victim models: flax.linen modules behind one frozen description, ``Victim``."""
 
+from jgia.models.buffers import with_batch_norm, with_buffers
 from jgia.models.cnn import CNN
 from jgia.models.convnet import ConvNet
 from jgia.models.imprint_block import ImprintBlock
@@ -15,14 +16,16 @@ from jgia.models.layers import (
     output_shape,
 )
 from jgia.models.lenet import LeNet
-from jgia.models.make import batch_norm_names, make_victim, with_buffers
+from jgia.models.make import make_victim
 from jgia.models.mlp import MLP
 from jgia.models.resnet import ResNet
-from jgia.models.victim import Victim, flatten_params, unflatten_params
+from jgia.models.vgg import VGG
+from jgia.models.victim import Victim, batch_norm_names, flatten_params, unflatten_params
 
 __all__ = [
     "CNN",
     "MLP",
+    "VGG",
     "BatchNorm",
     "Conv",
     "ConvNet",
@@ -41,5 +44,6 @@ __all__ = [
     "make_victim",
     "output_shape",
     "unflatten_params",
+    "with_batch_norm",
     "with_buffers",
 ]

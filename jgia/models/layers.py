@@ -68,14 +68,21 @@ class GroupNorm:
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """Pooling without padding: rows that fill no window are dropped.
+    """Pooling: rows that fill no window are dropped.
 
     ``"global_average"`` averages the whole image; its window and stride are 0.
+
+    Attributes:
+      kind: what is taken of a window.
+      window: rows and columns of it.
+      stride: between windows.
+      padding: rows around the image that no maximum comes from; only maxima have any.
     """
 
     kind: PoolKind
     window: int
     stride: int
+    padding: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +132,7 @@ def _step(shape: tuple[int, int, int], layer: Layer) -> tuple[int, int, int]:
     if isinstance(layer, Pool):
         if layer.kind == "global_average":
             return 1, 1, channels
+        height, width = height + 2 * layer.padding, width + 2 * layer.padding
         if min(height, width) < layer.window:
             raise ValueError(
                 f"a {layer.window}x{layer.window} pooling window does not fit into "

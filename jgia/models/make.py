@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
-import numpy as np
-from jax.typing import ArrayLike
 
 from jgia import _checks
 from jgia.models.cnn import CNN
 from jgia.models.convnet import ConvNet
 from jgia.models.imprint_block import ImprintBlock
-from jgia.models.layers import BatchNorm, BatchNormMode, Residual, flattened_features
+from jgia.models.layers import BatchNormMode, flattened_features
 from jgia.models.lenet import LeNet
 from jgia.models.mlp import MLP
-from jgia.models.resnet import Buffers, Norm, ResNet
-from jgia.models.victim import Victim, flatten_params
+from jgia.models.normalizing import Norm
+from jgia.models.resnet import ResNet, Stem
+from jgia.models.vgg import VGG, WIDTHS
+from jgia.models.victim import Victim
 from jgia.normalization import Normalization
 
-ModelName = Literal["cnn", "mlp", "lenet", "convnet", "resnet", "imprint_cnn", "imprint_mlp"]
+ModelName = Literal[
+    "cnn",
+    "mlp",
+    "lenet",
+    "convnet",
+    "resnet",
+    "resnet18",
+    "vgg11",
+    "imprint_cnn",
+    "imprint_mlp",
+]
 
 _OPTIONS = {
     "cnn": {"strides", "pool", "pool_every", "kernel_size"},
@@ -31,6 +41,8 @@ _OPTIONS = {
     "lenet": {"strides"},
     "convnet": set(),
     "resnet": {"strides", "blocks", "norm", "batch_norm", "head"},
+    "resnet18": {"norm", "batch_norm", "stem"},
+    "vgg11": {"norm", "batch_norm"},
 }
 
 
@@ -50,18 +62,20 @@ def make_victim(
     norm: Norm | None = None,
     batch_norm: BatchNormMode | None = None,
     head: Literal["flatten_fc", "pool"] | None = None,
+    stem: Stem | None = None,
 ) -> Victim:
     """Build one of the bundled victim models.
 
     Args:
-      name: ``"cnn"`` (ARES; VGG-like with pooling), ``"resnet"``, ``"mlp"``, ``"lenet"`` (DLG),
-        ``"convnet"``, or a cnn or mlp behind the block of Robbing the Fed (``"imprint_cnn"``,
-        ``"imprint_mlp"``).
+      name: ``"cnn"`` (ARES; VGG-like with pooling), ``"resnet"``, ``"resnet18"``, ``"vgg11"``,
+        ``"mlp"``, ``"lenet"`` (DLG), ``"convnet"``, or a cnn or mlp behind the block of Robbing
+        the Fed (``"imprint_cnn"``, ``"imprint_mlp"``).
       input_shape: (H, W, C) of one image.
       num_classes: number of classes, at least 2.
       normalization: defaults to none (pixels stay in [0, 1]).
-      widths: convolution channels (cnn, convnet, lenet), channels of the stages (resnet) or
-        hidden widths (mlp); the model's default when left out.
+      widths: convolution channels (cnn, convnet, lenet, the eight of vgg11), channels of the
+        stages (resnet, the four of resnet18) or hidden widths (mlp); the model's default when
+        left out.
       fc_width: neurons of the fully connected layer (cnn, resnet) or of the block (imprint_cnn,
         imprint_mlp).
       strides: one for each width (cnn: 1; lenet: 2, 2, then 1; resnet, of a stage's first block:
@@ -70,10 +84,12 @@ def make_victim(
       pool_every: pool after every so many convolutions (cnn with ``pool``), 1 by default.
       kernel_size: odd side of every convolution (cnn), 3 by default.
       blocks: residual blocks per stage (resnet), 1 by default.
-      norm: ``"none"``, ``"batch"`` (the default) or ``"group"`` (resnet).
-      batch_norm: ``"eval"`` (the default) or ``"train"`` (resnet); see
+      norm: ``"none"`` (the default of vgg11), ``"batch"`` (that of resnet and resnet18) or
+        ``"group"``.
+      batch_norm: ``"eval"`` (the default) or ``"train"``, with batch normalization; see
         :class:`~jgia.models.ResNet` for what they leak.
       head: ``"flatten_fc"`` (the default) or ``"pool"`` (resnet).
+      stem: ``"cifar"`` (the default) or ``"imagenet"`` (resnet18).
 
     Raises:
       ValueError: an unknown name, sizes that the model cannot take, or an option that it does
@@ -110,6 +126,7 @@ def make_victim(
         norm=norm,
         batch_norm=batch_norm,
         head=head,
+        stem=stem,
     )
     module: nn.Module
     if name == "cnn":
@@ -127,6 +144,10 @@ def make_victim(
             batch_norm,
             head or "flatten_fc",
         )
+    elif name == "resnet18":
+        module = _resnet18(widths or (64, 128, 256, 512), num_classes, norm, batch_norm, stem)
+    elif name == "vgg11":
+        module = _vgg11(widths or WIDTHS, num_classes, norm or "none", batch_norm)
     elif name == "mlp":
         module = MLP(widths or (1024,), num_classes)
     elif name == "imprint_cnn":
@@ -143,70 +164,6 @@ def make_victim(
     victim = Victim(module, input_shape, num_classes, normalization, name)
     flattened_features(victim)  # pooling windows fit
     return victim
-
-
-def with_buffers(victim: Victim, buffers: Mapping[str, tuple[ArrayLike, ArrayLike]]) -> Victim:
-    """The same resnet with running statistics of batch normalizations.
-
-    In this library running statistics are part of the model, not of its parameters: the server
-    sends them, no client updates them, and no update contains them.
-
-    Args:
-      victim: a resnet with ``norm="batch"``.
-      buffers: ``{"block1/norm1": (means, variances)}``, one entry per channel each; layers not
-        named get means 0 and variances 1.
-
-    Raises:
-      ValueError: a name or shape that the model does not have, or a variance below zero.
-
-    >>> victim = make_victim("resnet", input_shape=(8, 8, 1), num_classes=2, widths=(2,))
-    >>> sent = with_buffers(victim, {"norm1": (np.array([0.5, 0]), np.array([4.0, 1]))})
-    >>> sent.layers()[1].mean
-    (0.5, 0.0)
-    """
-    module = victim.module
-    if not isinstance(module, ResNet) or module.norm != "batch":
-        raise ValueError(
-            f"the model {victim.name!r} has no batch normalization; use --model resnet "
-            "--norm batch."
-        )
-    names = batch_norm_names(victim)
-    shapes = flatten_params(victim.param_shapes())
-    entries: list[tuple[str, tuple[float, ...], tuple[float, ...]]] = []
-    for name, statistics in buffers.items():
-        if name not in names:
-            raise ValueError(
-                f"the model has no batch normalization {name!r}; it has {', '.join(names)}."
-            )
-        mean, var = (np.asarray(value, np.float64) for value in statistics)
-        shape = shapes[f"{name}/scale"].shape
-        if mean.shape != shape or var.shape != shape:
-            raise ValueError(
-                f"the statistics of {name} must have shape {shape}, got {mean.shape} and "
-                f"{var.shape}."
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(var).all() and (var >= 0).all()):
-            raise ValueError(
-                f"the means of {name} must be finite and its variances finite and not negative."
-            )
-        entries.append((name, tuple(mean.tolist()), tuple(var.tolist())))
-    new: Buffers = tuple(sorted(entries))
-    return Victim(
-        module.clone(buffers=new),
-        victim.input_shape,
-        victim.num_classes,
-        victim.normalization,
-        victim.name,
-    )
-
-
-def batch_norm_names(victim: Victim) -> tuple[str, ...]:
-    """The names of the victim's batch normalizations, in order."""
-    names: list[str] = []
-    for layer in victim.layers():
-        parts = (*layer.branch, *layer.shortcut) if isinstance(layer, Residual) else (layer,)
-        names += [part.name for part in parts if isinstance(part, BatchNorm)]
-    return tuple(names)
 
 
 def _check_options(name: str, **options: object) -> None:
@@ -274,23 +231,66 @@ def _resnet(
     head: Literal["flatten_fc", "pool"],
 ) -> ResNet:
     _checks.at_least(1, blocks=blocks)
-    _checks.one_of(("none", "batch", "group"), norm=norm)
-    _checks.one_of(("eval", "train"), batch_norm=batch_norm or "eval")
+    _check_norm(norm, batch_norm)
     _checks.one_of(("flatten_fc", "pool"), head=head)
-    if batch_norm is not None and norm != "batch":
-        raise ValueError(f"batch_norm needs norm='batch', got norm={norm!r}.")
-    groups = math.gcd(8, *widths)
     return ResNet(
         widths,
         blocks,
         _one_each(strides, widths) if strides else (),
         norm,
         batch_norm or "eval",
-        groups,
+        _groups(widths),
         head,
         fc_width,
         num_classes,
     )
+
+
+def _resnet18(
+    widths: tuple[int, ...],
+    num_classes: int,
+    norm: Norm | None,
+    batch_norm: BatchNormMode | None,
+    stem: Stem | None,
+) -> ResNet:
+    norm, stem = norm or "batch", stem or "cifar"
+    _check_norm(norm, batch_norm)
+    _checks.one_of(("cifar", "imagenet"), stem=stem)
+    _check_number(4, widths, "resnet18 has 4 stages")
+    return ResNet(
+        widths,
+        blocks=2,
+        norm=norm,
+        batch_norm=batch_norm or "eval",
+        groups=_groups(widths),
+        head="pool",
+        num_classes=num_classes,
+        stem=stem,
+    )
+
+
+def _vgg11(
+    widths: tuple[int, ...], num_classes: int, norm: Norm, batch_norm: BatchNormMode | None
+) -> VGG:
+    _check_norm(norm, batch_norm)
+    _check_number(len(WIDTHS), widths, "vgg11 has 8 convolutions")
+    return VGG(widths, norm, batch_norm or "eval", _groups(widths), num_classes)
+
+
+def _check_norm(norm: Norm, batch_norm: BatchNormMode | None) -> None:
+    _checks.one_of(("none", "batch", "group"), norm=norm)
+    _checks.one_of(("eval", "train"), batch_norm=batch_norm or "eval")
+    if batch_norm is not None and norm != "batch":
+        raise ValueError(f"batch_norm needs norm='batch', got norm={norm!r}.")
+
+
+def _check_number(number: int, widths: tuple[int, ...], subject: str) -> None:
+    if len(widths) != number:
+        raise ValueError(f"{subject}: widths need {number} values, got {widths}.")
+
+
+def _groups(widths: tuple[int, ...]) -> int:
+    return math.gcd(8, *widths)
 
 
 def _convnet(

@@ -1,4 +1,4 @@
-"""A small residual network whose normalization and head are explicit choices."""
+"""Residual networks whose stem, normalization and head are explicit choices."""
 
 from __future__ import annotations
 
@@ -6,24 +6,26 @@ from collections.abc import Sequence
 from typing import Literal
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jax import Array
 
 from jgia.models import layers
 from jgia.models.layers import Conv, Dense, Layer
-from jgia.models.normalizing import BatchNorm, group_norm
+from jgia.models.normalizing import Buffers, Norm, described, normalize
+from jgia.models.pooling import STEM_PADDING, STEM_STRIDE, STEM_WINDOW, stem_pool
 
-Norm = Literal["none", "batch", "group"]
-Buffers = tuple[tuple[str, tuple[float, ...], tuple[float, ...]], ...]
+Stem = Literal["cifar", "imagenet"]
 
 
 class ResNet(nn.Module):
-    """``stem - blocks - head``, of 3x3 convolutions, as small ResNets for 32x32 images are.
+    """``stem - blocks - head``, of 3x3 convolutions.
 
     The stem is ``conv - norm - ReLU``; a block is ``ReLU(branch(x) + shortcut(x))`` with the
     branch ``conv - norm - ReLU - conv - norm`` and the shortcut the identity, or a 1x1
     convolution and a normalization where the stride or the number of channels changes. Without
     normalization the convolutions have biases.
+
+    With ``channels=(64, 128, 256, 512)``, ``blocks=2`` and ``head="pool"`` it is ResNet-18, in
+    the arrangement of torchvision: the stride is in a block's first 3x3 convolution.
 
     Batch normalization is a policy, not a default. ``batch_norm="eval"`` normalizes with running
     statistics that are constants of the module: buffers that the server sends with the
@@ -44,6 +46,12 @@ class ResNet(nn.Module):
       num_classes: outputs of the head.
       buffers: running statistics (name, means, variances) of batch normalizations; those not
         named have means 0 and variances 1. See :func:`~jgia.models.with_buffers`.
+      stem: ``"cifar"`` is a 3x3 convolution of stride 1; ``"imagenet"`` a 7x7 one of stride 2 and
+        3x3 maxima at stride 2.
+
+    References:
+      He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016, arXiv 1512.03385),
+      table 1 and section 4.2.
     """
 
     channels: Sequence[int] = (16, 32, 64)
@@ -56,12 +64,16 @@ class ResNet(nn.Module):
     fc_width: int = 1024
     num_classes: int = 10
     buffers: Buffers = ()
+    stem: Stem = "cifar"
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Inputs (B, H, W, C) to logits (B, num_classes)."""
-        x = _convolution(self.channels[0], 3, 1, self.norm == "none", "conv1")(x)
+        size, stride = (3, 1) if self.stem == "cifar" else (7, 2)
+        x = _convolution(self.channels[0], size, stride, self.norm == "none", "conv1")(x)
         x = nn.relu(self._normalize(x, "norm1"))
+        if self.stem == "imagenet":
+            x = stem_pool(x)
         for name, width, stride, projected in self._blocks():
             block = ResidualBlock(
                 width,
@@ -87,9 +99,7 @@ class ResNet(nn.Module):
 
     def describe(self) -> tuple[Layer, ...]:
         """The layers in order."""
-        described: list[Layer] = [
-            *self._describe_conv("conv1", "norm1", (3, 3), self.channels[0], 1, "relu")
-        ]
+        parts = list(self._describe_stem())
         for name, width, stride, projected in self._blocks():
             first = self._describe_conv(
                 f"{name}/conv1", f"{name}/norm1", (3, 3), width, stride, "relu"
@@ -98,14 +108,14 @@ class ResNet(nn.Module):
             shortcut = self._describe_conv(
                 f"{name}/shortcut", f"{name}/shortcut_norm", (1, 1), width, stride, "none"
             )
-            described.append(
+            parts.append(
                 layers.Residual(name, (*first, *second), shortcut if projected else (), "relu")
             )
         if self.head == "pool":
-            described.append(layers.Pool("global_average", 0, 0))
+            parts.append(layers.Pool("global_average", 0, 0))
         else:
-            described.append(Dense("fc", self.fc_width, "relu"))
-        return (*described, Dense("head", self.num_classes, "none"))
+            parts.append(Dense("fc", self.fc_width, "relu"))
+        return (*parts, Dense("head", self.num_classes, "none"))
 
     def _blocks(self) -> list[tuple[str, int, int, bool]]:
         """Name, width, stride of each block, and whether its shortcut is projected."""
@@ -121,7 +131,15 @@ class ResNet(nn.Module):
         return found
 
     def _normalize(self, x: Array, name: str) -> Array:
-        return _normalize(x, name, self.norm, self.batch_norm, self.groups, self.buffers)
+        return normalize(x, name, self.norm, self.batch_norm, self.groups, self.buffers)
+
+    def _describe_stem(self) -> tuple[Layer, ...]:
+        if self.stem == "cifar":
+            return self._describe_conv("conv1", "norm1", (3, 3), self.channels[0], 1, "relu")
+        return (
+            *self._describe_conv("conv1", "norm1", (7, 7), self.channels[0], 2, "relu", True),
+            layers.Pool("max", STEM_WINDOW, STEM_STRIDE, STEM_PADDING),
+        )
 
     def _describe_conv(
         self,
@@ -131,13 +149,10 @@ class ResNet(nn.Module):
         width: int,
         stride: int,
         activation: str,
+        pooled: bool = False,
     ) -> tuple[Layer, ...]:
-        normalized = self.norm != "none"
-        conv = Conv(name, kernel_size, width, stride, activation, normalized=normalized)
-        if self.norm == "batch":
-            statistics = _statistics(self.buffers, norm_name)
-            return conv, layers.BatchNorm(norm_name, self.batch_norm, *statistics)
-        return (conv, layers.GroupNorm(norm_name, self.groups)) if normalized else (conv,)
+        norm = described(norm_name, self.norm, self.batch_norm, self.groups, self.buffers)
+        return Conv(name, kernel_size, width, stride, activation, bool(norm), pooled), *norm
 
 
 class ResidualBlock(nn.Module):
@@ -165,7 +180,7 @@ class ResidualBlock(nn.Module):
         return nn.relu(branch + x)
 
     def _normalize(self, x: Array, name: str) -> Array:
-        return _normalize(x, name, self.norm, self.batch_norm, self.groups, self.buffers)
+        return normalize(x, name, self.norm, self.batch_norm, self.groups, self.buffers)
 
 
 def _convolution(width: int, size: int, stride: int, use_bias: bool, name: str) -> nn.Conv:
@@ -178,25 +193,3 @@ def _convolution(width: int, size: int, stride: int, use_bias: bool, name: str) 
         use_bias=use_bias,
         name=name,
     )
-
-
-def _normalize(
-    x: Array,
-    name: str,
-    norm: Norm,
-    batch_norm: layers.BatchNormMode,
-    groups: int,
-    buffers: Buffers,
-) -> Array:
-    if norm == "none":
-        return x
-    if norm == "group":
-        return group_norm(groups, jnp.dtype(x.dtype), name)(x)
-    return BatchNorm(batch_norm, *_statistics(buffers, name), name=name)(x)
-
-
-def _statistics(buffers: Buffers, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    for key, mean, var in buffers:
-        if key == name:
-            return mean, var
-    return (), ()

@@ -8,14 +8,18 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
 from jax import Array
 
-from jgia.models.layers import Layer
+from jgia.models.layers import BatchNorm, Layer, Residual
+from jgia.models.normalizing import STATISTICS
 from jgia.normalization import Normalization
 
 PyTree = Any
+Statistics = dict[str, tuple[Array, Array]]
+"""Means and variances per channel, by the name of the batch normalization."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +52,7 @@ class Victim:
 
     def init(self, key: Array) -> PyTree:
         """Random benign parameters, as an honest server would start with."""
-        return self.module.init(key, jax.numpy.zeros((1, *self.input_shape), "float32"))["params"]
+        return self.module.init(key, jnp.zeros((1, *self.input_shape), "float32"))["params"]
 
     def param_shapes(self) -> PyTree:
         """The parameters' structure as ``jax.ShapeDtypeStruct``: nothing is allocated."""
@@ -58,12 +62,66 @@ class Victim:
         """Normalized inputs (B, H, W, C) to logits (B, num_classes)."""
         return self.module.apply({"params": params}, inputs)  # pyright: ignore[reportReturnType]
 
+    def apply_with_statistics(self, params: PyTree, inputs: Array) -> tuple[Array, Statistics]:
+        """:meth:`apply` and :meth:`batch_statistics` in one pass."""
+        logits, sown = self.module.apply({"params": params}, inputs, mutable=[STATISTICS])
+        found: dict[str, Any] = flatten_params(dict(sown).get(STATISTICS, {}))
+        statistics = {name.rpartition("/")[0]: moments for name, moments in found.items()}
+        return logits, statistics  # pyright: ignore[reportReturnType]
+
+    def batch_statistics(self, params: PyTree, inputs: Array) -> Statistics:
+        """What enters the batch normalizations, as a client that shares statistics computes it.
+
+        ``mean_c`` and ``sum (x - mean_c)^2 / n`` over the ``n = B H W`` values of each channel.
+        What comes before a layer is computed as the victim's mode has it: earlier normalizations
+        use the batch's own statistics in mode ``"train"``, running ones in mode ``"eval"``.
+
+        Args:
+          params: the parameters.
+          inputs: (B, H, W, C) normalized pixels.
+
+        Returns:
+          ``{"norm1": (means, variances), "block1/norm1": ...}``, one value per channel;
+          differentiable in ``inputs`` and ``params``. Empty without batch normalization.
+        """
+        return self.apply_with_statistics(params, inputs)[1]
+
+    def running_statistics(self) -> Statistics:
+        """The running statistics that were set, by :func:`~jgia.models.with_buffers`.
+
+        Returns:
+          As :meth:`batch_statistics`, of every batch normalization; means 0 and variances 1 for
+          those that were not named. Empty if none was ever set, or without batch normalization.
+        """
+        given = {name: moments for name, *moments in getattr(self.module, "buffers", ())}
+        if not given:
+            return {}
+        shapes = flatten_params(self.param_shapes())
+        found: Statistics = {}
+        for name in batch_norm_names(self):
+            channels = shapes[f"{name}/scale"].shape[0]
+            mean, var = given.get(name, ([0.0] * channels, [1.0] * channels))
+            found[name] = jnp.asarray(mean), jnp.asarray(var)
+        return found
+
     def loss(self, params: PyTree, images: Array, labels: Array) -> Array:
         """Mean cross-entropy of pixels (B, H, W, C) in [0, 1] and integer labels (B,).
 
         Client and attacks share this one function, so their scale cannot differ.
         """
-        logits = self.apply(params, self.normalization.normalize(images))
+        return self.loss_of_inputs(params, self.normalization.normalize(images), labels)
+
+    def loss_of_inputs(self, params: PyTree, inputs: Array, labels: Array) -> Array:
+        """:meth:`loss` of what the module sees, for attacks that search among normalized images.
+
+        Args:
+          params: the parameters.
+          inputs: (B, H, W, C) normalized pixels.
+          labels: (B,) integers, or (B, num_classes) probabilities that an attack optimizes.
+        """
+        logits = self.apply(params, inputs)
+        if labels.ndim == 2:
+            return optax.softmax_cross_entropy(logits, labels).mean()
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     def layers(self) -> tuple[Layer, ...]:
@@ -79,6 +137,15 @@ class Victim:
                 "describe() that lists them, or take one of the bundled models."
             )
         return self.module.describe()  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def batch_norm_names(victim: Victim) -> tuple[str, ...]:
+    """The names of the victim's batch normalizations, in order."""
+    names: list[str] = []
+    for layer in victim.layers():
+        parts = (*layer.branch, *layer.shortcut) if isinstance(layer, Residual) else (layer,)
+        names += [part.name for part in parts if isinstance(part, BatchNorm)]
+    return tuple(names)
 
 
 def flatten_params(params: PyTree) -> dict[str, Any]:

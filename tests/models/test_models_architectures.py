@@ -76,9 +76,18 @@ def _pool(x, reduce):
     return np.stack([np.stack(row, axis=1) for row in cells], axis=1)
 
 
-def _normalized(x, weights, name, kind, statistics, groups):
+def _stem_pool(x):
+    """Maxima of what a 3x3 window at stride 2 sees of the image."""
+    rows, columns = ([slice(max(0, i - 1), i + 2) for i in range(0, n, 2)] for n in x.shape[1:3])
+    cells = [[x[:, i, j].max(axis=(1, 2)) for j in columns] for i in rows]
+    return np.stack([np.stack(row, axis=1) for row in cells], axis=1)
+
+
+def _normalized(x, weights, name, kind, statistics, groups, seen=None):
     if kind == "none":
         return x
+    if seen is not None:
+        seen[name] = (x.mean(axis=(0, 1, 2)), x.var(axis=(0, 1, 2)))
     if kind == "group":
         parts = x.reshape(*x.shape[:3], groups, -1)
         mean = parts.mean(axis=(1, 2, 4), keepdims=True)
@@ -93,13 +102,15 @@ def _normalized(x, weights, name, kind, statistics, groups):
     return normal * weights[f"{name}/scale"] + weights[f"{name}/bias"]
 
 
-def _resnet(x, weights, *, blocks, kind, head, statistics, groups):
+def _resnet(x, weights, *, blocks, kind, head, statistics, groups=2, stem="cifar", seen=None):
     """``blocks``: stride and whether the shortcut is projected, of each."""
 
     def norm(y, name):
-        return _normalized(y, weights, name, kind, statistics, groups)
+        return _normalized(y, weights, name, kind, statistics, groups, seen)
 
-    x = np.maximum(norm(_conv(x, weights, "conv1"), "norm1"), 0)
+    x = np.maximum(norm(_conv(x, weights, "conv1", 1 if stem == "cifar" else 2), "norm1"), 0)
+    if stem == "imagenet":
+        x = _stem_pool(x)
     for i, (stride, projected) in enumerate(blocks, start=1):
         name = f"block{i}"
         y = np.maximum(norm(_conv(x, weights, f"{name}/conv1", stride), f"{name}/norm1"), 0)
@@ -139,7 +150,6 @@ def test_resnets_compute_what_they_say(name):
         kind=kind,
         head=options.get("head", "flatten_fc"),
         statistics=statistics,
-        groups=2,
     )
     apply = jax.jit(victim.apply)
     got = apply(params, jnp.asarray(x))
@@ -149,6 +159,69 @@ def test_resnets_compute_what_they_say(name):
         assert not np.allclose(alone, expected[:1], rtol=1e-2)  # the others were in it
     else:
         np.testing.assert_allclose(alone, expected[:1], rtol=1e-9, atol=1e-11)
+
+
+def _vgg(x, weights, *, kind, statistics, seen):
+    for i in range(1, 9):
+        x = _conv(x, weights, f"conv{i}")
+        x = np.maximum(_normalized(x, weights, f"norm{i}", kind, statistics, 2, seen), 0)
+        if i in (1, 2, 4, 6, 8):
+            x = _pool(x, np.max)
+    return _dense(x, weights, "head")
+
+
+PUBLISHED = {
+    "resnet18": ("resnet18", (9, 6), {"widths": (4, 4, 6, 6)}, "eval"),
+    "resnet18, ImageNet stem": (
+        "resnet18", (9, 6), {"widths": (4, 4, 6, 6), "stem": "imagenet", "batch_norm": "train"},
+        "train",
+    ),
+    "vgg11": ("vgg11", (33, 32), {"widths": (2, 2, 4, 4, 4, 4, 4, 6)}, "none"),
+    "vgg11, batch norm": (
+        "vgg11", (33, 32), {"widths": (2, 2, 4, 4, 4, 4, 4, 6), "norm": "batch"}, "eval",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_models_compute_what_they_say_and_report_what_they_normalize(name):
+    model, size, options, kind = PUBLISHED[name]
+    victim, statistics, seen = _victim(model, size=size, **options), {}, {}
+    if kind == "eval":
+        victim, statistics = _with_statistics(victim)
+    params = _params(victim)
+    x = np.random.default_rng(1).random((2, *size, 3))
+    weights = {key: np.asarray(leaf) for key, leaf in flatten_params(params).items()}
+    known = {"kind": kind, "statistics": statistics, "seen": seen}
+    if model == "vgg11":
+        expected = _vgg(x, weights, **known)
+    else:
+        blocks = [(1, False), (1, False), *[(2, True), (1, False)] * 3]
+        stem = options.get("stem", "cifar")
+        expected = _resnet(x, weights, blocks=blocks, head="pool", stem=stem, **known)
+    logits, moments = jax.jit(victim.apply_with_statistics)(params, jnp.asarray(x))
+    np.testing.assert_allclose(logits, expected, rtol=1e-9, atol=1e-11)
+    assert set(moments) == set(seen) == set(batch_norm_names(victim))
+    for layer, (mean, var) in seen.items():
+        np.testing.assert_allclose(moments[layer][0], mean, rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(moments[layer][1], var, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "classes", "options", "count"),
+    [
+        ("resnet18", (224, 224, 3), 1000, {"stem": "imagenet"}, 11_689_512),  # torchvision's
+        ("resnet18", (32, 32, 3), 10, {}, 11_173_962),
+        ("resnet18", (32, 32, 3), 10, {"norm": "group"}, 11_173_962),
+        ("vgg11", (32, 32, 3), 10, {}, 9_220_480 + 5_130),  # torchvision's features, and the head
+        ("vgg11", (32, 32, 3), 10, {"norm": "batch"}, 9_220_480 + 5_130 + 2_752),
+        ("vgg11", (64, 64, 3), 10, {}, 9_220_480 + 4 * 5_120 + 10),
+    ],
+)
+def test_published_models_have_the_published_sizes(name, shape, classes, options, count):
+    victim = make_victim(name, input_shape=shape, num_classes=classes, **options)
+    shapes = jax.tree.leaves(victim.param_shapes())
+    assert sum(int(np.prod(leaf.shape)) for leaf in shapes) == count
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,15 @@ SMALL = {
         "resnet", input_shape=(6, 5, 3), num_classes=4, widths=(2, 3), fc_width=7
     ),
 }
+PUBLISHED = {
+    "resnet18": make_victim(
+        "resnet18", input_shape=(9, 5, 3), num_classes=4, widths=(2, 2, 3, 3), stem="imagenet"
+    ),
+    "vgg11": make_victim("vgg11", input_shape=(32, 33, 3), num_classes=4, widths=(2,) * 8),
+    "vgg11, batch norm": make_victim(
+        "vgg11", input_shape=(32, 33, 3), num_classes=4, widths=(2,) * 8, norm="batch"
+    ),
+}
 
 
 @pytest.fixture(params=SMALL.values(), ids=list(SMALL))
@@ -136,6 +145,7 @@ def test_loss_is_the_mean_cross_entropy_of_normalized_pixels(victim):
     assert not np.allclose(raw, logits)  # the normalization matters
 
 
+@pytest.mark.parametrize("victim", [*SMALL.values(), *PUBLISHED.values()])
 def test_layer_descriptions_match_the_parameters(victim):
     shapes = {name: leaf.shape for name, leaf in flatten_params(victim.param_shapes()).items()}
     described = {}
@@ -146,7 +156,7 @@ def test_layer_descriptions_match_the_parameters(victim):
             if isinstance(layer, Conv):
                 kernel = (*layer.kernel_size, before[-1], layer.features)
                 described[f"{layer.name}/kernel"] = kernel
-                if not (layer.normalized and victim.name == "resnet"):
+                if not layer.normalized or victim.name == "convnet":
                     described[f"{layer.name}/bias"] = kernel[-1:]
                 if layer.normalized:
                     norm = layers[i + 1].name
@@ -249,6 +259,17 @@ def test_flatten_and_unflatten_are_inverse(victim):
         ({"name": "resnet", "blocks": 0}, "blocks must be at least 1"),
         ({"name": "resnet", "norm": "group", "batch_norm": "eval"}, "needs norm='batch'"),
         ({"name": "resnet", "strides": (1, 2)}, "one value for each of the 3 widths"),
+        ({"name": "resnet18", "blocks": 2}, "'resnet18' has no option 'blocks'"),
+        ({"name": "resnet18", "head": "pool"}, "'resnet18' has no option 'head'"),
+        ({"name": "resnet18", "widths": (4, 8)}, r"4 stages: widths need 4 values, got \(4, 8\)"),
+        ({"name": "resnet18", "norm": "none", "batch_norm": "train"}, "needs norm='batch'"),
+        ({"name": "resnet", "stem": "cifar"}, "'resnet' has no option 'stem'.*model resnet18"),
+        ({"name": "vgg11", "stem": "cifar"}, "'vgg11' has no option 'stem'"),
+        ({"name": "vgg11", "strides": (1,) * 8}, "'vgg11' has no option 'strides'"),
+        ({"name": "vgg11", "widths": (4, 8)}, "8 convolutions: widths need 8 values"),
+        ({"name": "vgg11", "batch_norm": "eval"}, "needs norm='batch', got norm='none'"),
+        ({"name": "vgg11"}, "pooling window does not fit into 1x1 features"),
+        ({"name": "lenet", "norm": "batch"}, "choose the model resnet or resnet18 or vgg11"),
     ],
 )
 def test_make_victim_rejects(fields, message):
