@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from jgia.attacks.labels import infer_labels as infer_labels
     from jgia.audit import AuditOutcome as AuditOutcome
     from jgia.audit import run_audit as run_audit
     from jgia.config import AresOptions as AresOptions
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     from jgia.config import CraftConfig as CraftConfig
     from jgia.config import DataConfig as DataConfig
     from jgia.config import DefenseConfig as DefenseConfig
+    from jgia.config import KnowledgeConfig as KnowledgeConfig
+    from jgia.config import MatchingOptions as MatchingOptions
     from jgia.config import ModelConfig as ModelConfig
     from jgia.config import PerformanceFlags as PerformanceFlags
+    from jgia.config import RunOptions as RunOptions
+    from jgia.config import TrainOptions as TrainOptions
     from jgia.config.imprint import ImprintOptions as ImprintOptions
     from jgia.data import Dataset as Dataset
     from jgia.data import load_dataset as load_dataset
@@ -44,6 +49,8 @@ if TYPE_CHECKING:
     from jgia.observation import restrict as restrict
     from jgia.report import write_report as write_report
     from jgia.sweep import run_sweep as run_sweep
+    from jgia.training import load_victim as load_victim
+    from jgia.training import train_victim as train_victim
 
 _EXPORTS = {
     "AresOptions": "jgia.config",
@@ -56,20 +63,26 @@ _EXPORTS = {
     "Dataset": "jgia.data",
     "DefenseConfig": "jgia.config",
     "ImprintOptions": "jgia.config.imprint",
+    "KnowledgeConfig": "jgia.config",
+    "MatchingOptions": "jgia.config",
     "ModelConfig": "jgia.config",
     "Normalization": "jgia.normalization",
     "Observation": "jgia.observation",
     "PerformanceFlags": "jgia.config",
     "Reconstruction": "jgia.observation",
+    "RunOptions": "jgia.config",
     "Status": "jgia.observation",
     "ThreatModel": "jgia.observation",
+    "TrainOptions": "jgia.config",
     "Truth": "jgia.observation",
     "Victim": "jgia.models",
     "client_update": "jgia.federated",
+    "infer_labels": "jgia.attacks.labels",
     "detect_crafted": "jgia.defenses",
     "inspect_parameters": "jgia.inspect",
     "load_dataset": "jgia.data",
     "load_update": "jgia.federated",
+    "load_victim": "jgia.training",
     "make_defense": "jgia.defenses",
     "make_victim": "jgia.models",
     "restrict": "jgia.observation",
@@ -78,6 +91,7 @@ _EXPORTS = {
     "save_update": "jgia.federated",
     "score": "jgia.metrics",
     "simulate_clients": "jgia.federated",
+    "train_victim": "jgia.training",
     "write_report": "jgia.report",
 }
 

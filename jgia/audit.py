@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.metadata
 import os
 import platform
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from jgia._clock import StageClock
-from jgia.attacks import ares, imprint
-from jgia.config import AresOptions, AuditConfig, DataConfig, ModelConfig, PerformanceFlags
+from jgia.attacks import ares
+from jgia.config import AuditConfig, DataConfig, ModelConfig
 from jgia.data import Dataset, load_dataset, split_client_public
 from jgia.defenses import make_defense
-from jgia.federated import simulate_clients
+from jgia.federated import local_order, simulate_clients
+from jgia.methods import Job, Method, Progress, method
 from jgia.metrics import score
-from jgia.models import Victim, make_victim
+from jgia.models import Victim, make_victim, with_batch_norm
 from jgia.normalization import Normalization
-from jgia.observation import Observation, Reconstruction, ThreatModel, Truth
+from jgia.observation import Observation, Reconstruction, ThreatModel, Truth, restrict
 from jgia.report import SCHEMA_VERSION
+from jgia.training import load_victim
 
-_BASELINES = {
-    "rtf": imprint.rtf,
-    "trap_weights": imprint.trap_weights,
-    "qbi": imprint.qbi,
-    "loki": imprint.loki,
-}
-
-Progress = Callable[[str, int, int], None]
-"""Called with (stage in words, steps done, steps in all)."""
+PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +62,7 @@ def run_audit(
     Args:
       config: what to run; the default audits the bundled sample.
       command: the exact command to reproduce, for the report.
-      progress: see :data:`Progress`.
+      progress: see :data:`jgia.methods.Progress`.
 
     Returns:
       An :class:`AuditOutcome`.
@@ -75,8 +71,8 @@ def run_audit(
       ValueError: the data, the model or the options do not fit; before anything expensive runs.
     """
     config = config or AuditConfig()
-    baseline = _BASELINES.get(config.attack)
-    ares.solver_dtype(config.performance)  # refuse what is not available before any compute
+    chosen = method(config.attack)
+    _check_options(config, chosen)
     report = progress or (lambda stage, done, total: None)
     clock = StageClock()
     key_craft, key_client, key_attack = jax.random.split(jax.random.key(config.seed), 3)
@@ -84,26 +80,19 @@ def run_audit(
     report("loading images", 0, 1)
     with clock.stage("setup_s"):
         client, public = load_split(config.data, batch=config.batch, seed=config.seed)
-        victim = build_victim(config.model, client, public, normalize=config.data.normalize)
-        check = baseline.check if baseline else ares.attackable_layers
-        check(victim)  # refuse an impossible attack before any compute
+        victim, params = _sent(config, client, public)
+        chosen.check(victim)  # refuse an impossible attack before any compute
         images, labels = client.take(np.arange(len(client)))
         calibration, _ = public.take(np.arange(len(public)))
-    report("crafting parameters", 0, 1)
+    report("crafting parameters" if chosen.craft else "making parameters", 0, 1)
     with clock.stage("setup_s"):
-        if baseline:
-            params, plan = baseline.craft(
-                key_craft, victim, calibration, options=config.imprint, num_examples=len(images)
+        plan = None
+        if chosen.craft is not None:
+            params, plan = chosen.craft(
+                key_craft, victim, calibration, config, config.client, len(images)
             )
-        else:
-            params, plan = ares.craft(
-                key_craft,
-                victim,
-                calibration,
-                options=config.ares,
-                num_examples=len(images),
-                client=config.client,
-            )
+        elif params is None:
+            params = victim.init(key_craft)
 
     report("client computes its update", 0, 1)
     with clock.stage("client_s"):
@@ -117,38 +106,22 @@ def run_audit(
             defense=make_defense(config.defense),
         )
         jax.block_until_ready(observation.update)
-    threat = dataclasses.replace(observation.threat_model, public_data=public.provenance)
-    observation = dataclasses.replace(observation, threat_model=threat)
+    observation = _informed(
+        observation, config, chosen, public.provenance, labels=labels, key=key_client
+    )
     truth = Truth(images=images, labels=labels)
-
-    if isinstance(plan, ares.Plan):
-        reconstruction = timed_ares(
-            key_attack,
-            observation,
-            plan,
-            options=config.ares,
-            performance=config.performance,
-            clock=clock,
-            report=report,
-        )
-    else:
-        report("reading images out of the update", 0, 1)
-        with clock.stage("leak_s"):
-            reconstruction = _BASELINES[plan.method].attack(
-                key_attack,
-                observation,
-                plan=plan,
-                options=config.imprint,
-                noise_std=threat.noise_std,
-            )
+    job = Job(observation, plan, config, clock, report)
+    reconstruction = chosen.attack(key_attack, job)
 
     report("scoring", 0, 1)
     with clock.stage("score_s"):
         scores = score(
             reconstruction.images, images, pool=calibration, seed=config.seed, lpips=config.lpips
         )
+    if reconstruction.labels is not None:
+        scores["label_accuracy"] = _label_accuracy(reconstruction.labels, labels)
     expected = None
-    if plan.bin_masses is not None:
+    if plan is not None and plan.bin_masses is not None:
         expected = ares.expected_singletons(plan.bin_masses, len(images))
     result = assemble_result(
         command=command,
@@ -158,7 +131,7 @@ def run_audit(
         dataset=client,
         num_public=len(public),
         victim=victim,
-        threat_model=threat,
+        threat_model=observation.threat_model,
         attack_name=config.attack,
         reconstruction=reconstruction,
         expected=expected,
@@ -173,37 +146,77 @@ def run_audit(
     )
 
 
-def timed_ares(
-    key: jax.Array,
+def _label_accuracy(found: ArrayLike, true: ArrayLike) -> float:
+    """The part of the true labels that was found, duplicates counted."""
+    common = collections.Counter(np.asarray(found).tolist()) & collections.Counter(
+        np.asarray(true).tolist()
+    )
+    return common.total() / len(np.asarray(true))
+
+
+def _check_options(config: AuditConfig, chosen: Method) -> None:
+    """Refuse what is not available before any compute."""
+    ares.solver_dtype(config.performance)
+    if config.trained is not None and chosen.server == "malicious":
+        raise ValueError(
+            f"the attack {config.attack!r} chooses the parameters itself; leave out --trained, or "
+            "take an attack of an honest but curious server, such as inverting_gradients."
+        )
+    if config.trained is not None and config.model != ModelConfig(
+        batch_norm=config.model.batch_norm
+    ):
+        raise ValueError(
+            "--trained brings its own model; leave out --model and its options (but --batch-norm)."
+        )
+    if config.knowledge.order_known and config.client.num_clients > 1:
+        raise ValueError("order_known says which images one client used; use num_clients=1.")
+
+
+def _sent(config: AuditConfig, client: Dataset, public: Dataset) -> tuple[Victim, PyTree | None]:
+    """The victim, and the parameters that honest training made if there are any."""
+    if config.trained is None:
+        return build_victim(config.model, client, public, normalize=config.data.normalize), None
+    victim, params = load_victim(config.trained)
+    if config.model.batch_norm is not None:
+        victim = with_batch_norm(victim, config.model.batch_norm)
+    if victim.input_shape != client.image_shape:
+        raise ValueError(
+            f"the trained model takes images of shape {victim.input_shape}, the data have "
+            f"{client.image_shape}; give --image-size, or other data."
+        )
+    if victim.num_classes < client.num_classes:
+        raise ValueError(
+            f"the trained model knows {victim.num_classes} classes, the data have "
+            f"{client.num_classes}; give the data it was trained on."
+        )
+    return victim, params
+
+
+def _informed(
     observation: Observation,
-    plan: ares.Plan,
+    config: AuditConfig,
+    chosen: Method,
+    public_data: str,
     *,
-    options: AresOptions,
-    performance: PerformanceFlags,
-    clock: StageClock,
-    report: Progress,
-) -> Reconstruction:
-    """The attack's two halves, each timed as a stage, with progress per candidate."""
-    report("reading activations out of the update", 0, 1)
-    with clock.stage("leak_s"):
-        candidates = ares.leak(
-            observation,
-            plan,
-            noise_std=observation.threat_model.noise_std,
-            first_layer=options.first_layer,
-        )
-    total = max(1, len(candidates))
-    report("inverting activations", 0, total)
-    with clock.stage("invert_s"):
-        return ares.invert(
-            key,
-            candidates,
-            plan,
-            observation.victim,
-            options=options,
-            performance=performance,
-            progress=lambda done: report("inverting activations", done, total),
-        )
+    labels: np.ndarray,
+    key: jax.Array,
+) -> Observation:
+    """The observation of an attacker who is told what the configuration says, and no more."""
+    knowledge, client = config.knowledge, config.client
+    threat = observation.threat_model
+    changes: dict[str, Any] = {"server": chosen.server, "public_data": public_data}
+    if knowledge.labels_known:
+        changes["labels"] = tuple(int(label) for label in labels)
+    if client.protocol == "fedavg" and not knowledge.training_known:
+        changes |= {"local_steps": None, "local_learning_rate": None, "local_batch_size": None}
+    elif client.protocol == "fedavg" and knowledge.order_known:
+        changes["local_order"] = local_order(key, len(labels), client)
+    observation = dataclasses.replace(
+        observation, threat_model=dataclasses.replace(threat, **changes)
+    )
+    if knowledge.visible_layers is None:
+        return observation
+    return restrict(observation, knowledge.visible_layers)
 
 
 def load_split(config: DataConfig, *, batch: int, seed: int) -> tuple[Dataset, Dataset]:
@@ -275,7 +288,7 @@ def assemble_result(
 ) -> dict[str, Any]:
     """Put the documented ``result.json`` together."""
     stages = clock.stages
-    run = sum(stages.get(name, 0.0) for name in ("client_s", "leak_s", "invert_s"))
+    run = sum(stages.get(name, 0.0) for name in ("client_s", "leak_s", "invert_s", "search_s"))
     counts: dict[str, int] = {}
     for candidate in reconstruction.candidates:
         counts[candidate["status"]] = counts.get(candidate["status"], 0) + 1

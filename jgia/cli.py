@@ -1,4 +1,4 @@
-"""The command line: ``jgia audit``, ``craft``, ``attack``, ``sweep``, ``inspect``."""
+"""The command line: ``jgia audit``, ``craft``, ``attack``, ``train-victim`` and the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from jgia._io import require_writable_folder
+from jgia._progress import StageProgress
 from jgia.config import AttackConfig, AuditConfig, CraftConfig
+from jgia.config.training import TrainConfig
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,9 +61,27 @@ class Craft:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Attack:
-    """Attack an update that was computed elsewhere on parameters from `jgia craft`."""
+    """Attack an update that was computed elsewhere.
+
+    It belongs to parameters from `jgia craft` (ares) or from `jgia train-victim` (the others).
+
+    Without an update, `jgia attack METHOD ...` simulates the client: it is short for
+    `jgia audit --attack METHOD ...` and takes the same options.
+    """
 
     config: AttackConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainVictim:
+    """Train a victim on images, so that attacks meet parameters as an honest server has them.
+
+    Writes params.npz, victim.json (the model, with the running statistics of its batch
+    normalizations) and training.json (loss and accuracy of every epoch). Killed and started again
+    with the same options, it goes on after the last whole epoch, to the same result.
+    """
+
+    config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +128,7 @@ _Command = (
     Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Craft, tyro.conf.subcommand("craft")]
     | Annotated[Attack, tyro.conf.subcommand("attack")]
+    | Annotated[TrainVictim, tyro.conf.subcommand("train-victim")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
 )
@@ -144,11 +165,24 @@ def _parse(argv: list[str]) -> Any:
                 _Command,  # pyright: ignore[reportArgumentType]
                 prog="jgia",
                 description=_DESCRIPTION,
-                args=argv,
+                args=_named(argv),
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     finally:
         sys.stderr.write(_plain_complaint(complaint.getvalue()))
+
+
+def _named(argv: list[str]) -> list[str]:
+    """``attack METHOD ...`` as options: of an audit, or of an attack on the update that is given.
+
+    >>> _named(["attack", "dlg", "--batch", "1"])
+    ['audit', '--attack', 'dlg', '--batch', '1']
+    """
+    if argv[:1] != ["attack"] or argv[1:2] == [] or argv[1].startswith("-"):
+        return argv
+    if any(argument.partition("=")[0] == "--update" for argument in argv):
+        return ["attack", "--method", *argv[1:]]
+    return ["audit", "--attack", *argv[1:]]
 
 
 def _plain_complaint(text: str) -> str:
@@ -170,6 +204,8 @@ def _run(command: Any, argv: list[str]) -> int:
         return _audit(command, argv, console)
     if isinstance(command, Craft):
         return _craft(command.config, console)
+    if isinstance(command, TrainVictim):
+        return _train_victim(command.config, argv, console)
     if isinstance(command, Sweep):
         return _sweep(command, console)
     if isinstance(command, Inspect):
@@ -188,7 +224,7 @@ def _audit(command: Audit, argv: list[str], console: Console) -> int:
     require_writable_folder(command.out)
     from jgia.audit import reproduce_command, run_audit
 
-    with _StageProgress(console) as progress:
+    with StageProgress(console) as progress:
         outcome = run_audit(
             command.config, command=reproduce_command(argv), progress=progress.update
         )
@@ -206,7 +242,7 @@ def _craft(config: CraftConfig, console: Console) -> int:
     require_writable_folder(config.out)
     from jgia.exchange import write_crafted
 
-    with _StageProgress(console) as progress:
+    with StageProgress(console) as progress:
         progress.update("crafting parameters", 0, 1)
         paths = write_crafted(config)
     for path in paths:
@@ -219,10 +255,29 @@ def _attack(config: AttackConfig, argv: list[str], console: Console) -> int:
     from jgia.audit import reproduce_command
     from jgia.exchange import attack_update
 
-    with _StageProgress(console) as progress:
+    with StageProgress(console) as progress:
         outcome = attack_update(config, command=reproduce_command(argv), progress=progress.update)
         paths = _write(config.out, outcome)
     _show(outcome, paths, as_json=config.json)
+    return 0
+
+
+def _train_victim(config: TrainConfig, argv: list[str], console: Console) -> int:
+    require_writable_folder(config.out)
+    from jgia.audit import reproduce_command
+    from jgia.train_command import run_training
+
+    with StageProgress(console) as progress:
+        outcome = run_training(config, command=reproduce_command(argv), progress=progress.update)
+    trained = outcome.trained
+    for part, metrics, count in (
+        ("training", trained.train, outcome.num_train),
+        ("test", trained.test, outcome.num_test),
+    ):
+        if metrics is not None:
+            print(f"{metrics.accuracy:.1%} of {count} {part} images right, loss {metrics.loss:.3f}")
+    for path in outcome.paths:
+        print(path)
     return 0
 
 
@@ -270,7 +325,7 @@ def _printable(line: str) -> str:
 def _write(folder: Path, outcome: AuditOutcome) -> dict[str, Path]:
     import numpy as np
 
-    from jgia.report import write_report
+    from jgia.report import SearchHistory, write_report
 
     reconstruction, truth = outcome.reconstruction, outcome.truth
     return write_report(
@@ -281,6 +336,10 @@ def _write(folder: Path, outcome: AuditOutcome) -> dict[str, Path]:
         scores=np.asarray(reconstruction.scores),
         statuses=[str(status) for status in reconstruction.statuses],
         labels=outcome.captions,
+        classes=None if reconstruction.labels is None else np.asarray(reconstruction.labels),
+        history=None
+        if (history := reconstruction.history) is None
+        else SearchHistory(**vars(history)),
     )
 
 
@@ -295,46 +354,3 @@ def _show(outcome: AuditOutcome, paths: dict[str, Path], *, as_json: bool) -> No
     from jgia.report import print_summary
 
     print_summary(Console(), outcome.result, paths)
-
-
-class _StageProgress:
-    """A rich progress line per stage, on standard error; silent when that is no terminal."""
-
-    def __init__(self, console: Console) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            SpinnerColumn,
-            TextColumn,
-            TimeElapsedColumn,
-        )
-
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._stage: str | None = None
-        self._task: Any = None
-
-    def __enter__(self) -> _StageProgress:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def update(self, stage: str, done: int, total: int) -> None:
-        """Show ``done`` of ``total`` steps of a stage; a new stage finishes the last one."""
-        if stage != self._stage:
-            if self._task is not None:
-                self._progress.update(self._task, completed=self._total)
-            self._stage, self._task = stage, self._progress.add_task(stage, total=total)
-        self._total = total
-        self._progress.update(self._task, completed=done)

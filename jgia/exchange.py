@@ -12,25 +12,23 @@ import numpy as np
 from jgia._clock import StageClock
 from jgia._io import atomic_write_bytes
 from jgia.attacks import ares
-from jgia.audit import (
-    AuditOutcome,
-    Progress,
-    assemble_result,
-    build_victim,
-    load_images,
-    plain,
-    timed_ares,
-)
+from jgia.audit import AuditOutcome, assemble_result, build_victim, load_images, plain
 from jgia.config import AttackConfig, CraftConfig, ModelConfig
 from jgia.data import Dataset, load_dataset
 from jgia.federated import UpdateError, load_params, load_update, save_update
+from jgia.methods import Job, Progress, method
 from jgia.metrics import score
 from jgia.models import Victim, make_victim
 from jgia.normalization import Normalization
 from jgia.observation import ThreatModel, Truth
+from jgia.training import load_victim
+
+PyTree = Any
 
 _FORMAT = "jgia-crafted-1"
 _MAX_DESCRIPTION_BYTES = 16 << 20
+_MAX_LAYERS = 256
+_MAX_SIZE = 1 << 20
 
 
 def write_crafted(config: CraftConfig) -> list[Path]:
@@ -71,34 +69,40 @@ def write_crafted(config: CraftConfig) -> list[Path]:
 def attack_update(
     config: AttackConfig, *, command: str = "jgia attack", progress: Progress | None = None
 ) -> AuditOutcome:
-    """Attack an update file that was computed on crafted parameters.
+    """Attack an update file that was computed on crafted or honestly trained parameters.
 
     Raises:
       ValueError: a file is missing, damaged, or does not fit the model.
     """
     report = progress or (lambda stage, done, total: None)
     clock = StageClock()
+    chosen = method(config.method)
     ares.solver_dtype(config.performance)
     report("reading the update", 0, 1)
     with clock.stage("setup_s"):
-        description = _read_description(config.crafted / "victim.json")
-        victim = _victim(description)
-        params = load_params(
-            config.crafted / description["params"], victim, layout=description["layout"]
+        if config.crafted is not None:
+            victim, params, public_data, num_public = _read_crafted(config.crafted)
+        else:
+            victim, params = load_victim(str(config.trained))
+            public_data, num_public = "none", 0
+        chosen.check(victim)
+        threat = ThreatModel(
+            server=chosen.server,
+            protocol=config.protocol,
+            local_steps=1 if config.protocol == "fedsgd" else config.local_steps,
+            local_epochs=config.local_epochs,
+            local_learning_rate=config.local_learning_rate,
+            num_examples=config.num_examples,
+            labels=config.labels,
+            public_data=public_data,
         )
-        threat = ThreatModel(protocol=config.protocol, public_data=description["public_data"])
         observation = load_update(
             config.update, victim, params, threat_model=threat, layout=config.layout
         )
         truth = _truth(config.truth, victim)
-    reconstruction = timed_ares(
-        jax.random.key(config.seed),
-        observation,
-        ares.read_plan(victim, params),
-        options=config.ares,
-        performance=config.performance,
-        clock=clock,
-        report=report,
+    plan = ares.read_plan(victim, params) if config.method == "ares" else None
+    reconstruction = chosen.attack(
+        jax.random.key(config.seed), Job(observation, plan, config, clock, report)
     )
     scores = None
     if truth is not None:
@@ -110,10 +114,10 @@ def attack_update(
         seed=config.seed,
         clock=clock,
         dataset=None,
-        num_public=int(description["num_public"]),
+        num_public=num_public,
         victim=victim,
         threat_model=threat,
-        attack_name="ares",
+        attack_name=config.method,
         reconstruction=reconstruction,
         expected=None,
         scores=scores,
@@ -121,6 +125,14 @@ def attack_update(
     return AuditOutcome(
         result=result, reconstruction=reconstruction, truth=truth, observation=observation
     )
+
+
+def _read_crafted(folder: Path) -> tuple[Victim, PyTree, str, int]:
+    """Victim, parameters, and what the server calibrated on: words and number of images."""
+    description = _read_description(folder / "victim.json")
+    victim = _victim(description)
+    params = load_params(folder / description["params"], victim, layout=description["layout"])
+    return victim, params, description["public_data"], int(description["num_public"])
 
 
 def _public_part(dataset: Dataset, num_public: int, seed: int) -> Dataset:
@@ -181,10 +193,16 @@ def _victim(description: dict[str, Any]) -> Victim:
 
 
 def _option(value: Any) -> Any:
-    """An option of the model as JSON keeps it: lists for tuples."""
+    """An option of the model as JSON keeps it: lists for tuples; sizes that can be meant."""
     if value is None or isinstance(value, str):
         return value
-    return tuple(int(n) for n in value) if isinstance(value, list) else int(value)
+    if isinstance(value, list):
+        if len(value) > _MAX_LAYERS:
+            raise ValueError(f"a list of {len(value)} layers")
+        return tuple(_option(size) for size in value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MAX_SIZE:
+        raise ValueError(f"expected an integer from 1 to {_MAX_SIZE}, got {value!r}")
+    return value
 
 
 def _truth(spec: str | None, victim: Victim) -> Truth | None:

@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
         ROOT / "benchmarks" / "README.md",
     ]
 )
-COMMANDS = {"audit", "craft", "attack", "sweep", "inspect"}
+COMMANDS = {"audit", "craft", "attack", "train-victim", "sweep", "inspect"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -125,7 +125,7 @@ def test_documented_commands_parse():
     for line in lines:
         tyro.cli(
             cli._Command,  # pyright: ignore[reportArgumentType]
-            args=shlex.split(line)[1:],
+            args=cli._named(shlex.split(line)[1:]),
             config=(tyro.conf.OmitArgPrefixes,),
         )
 

@@ -5,9 +5,12 @@ from jgia.config.client import ClientConfig, Optimizer, Protocol
 from jgia.config.commands import AttackConfig, AttackName, AuditConfig, CraftConfig
 from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig, DefenseName
+from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
+from jgia.config.knowledge import KnowledgeConfig
 from jgia.config.model import ModelConfig, ModelName
 from jgia.config.performance import PerformanceFlags
+from jgia.config.training import TrainConfig, TrainOptions
 
 __all__ = [
     "AresOptions",
@@ -23,10 +26,15 @@ __all__ = [
     "FrontEnd",
     "ImprintOptions",
     "Inversion",
+    "KnowledgeConfig",
+    "MatchingOptions",
     "ModelConfig",
     "ModelName",
     "Optimizer",
     "PerformanceFlags",
     "Protocol",
+    "RunOptions",
     "SparseBasis",
+    "TrainConfig",
+    "TrainOptions",
 ]

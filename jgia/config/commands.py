@@ -11,11 +11,24 @@ from jgia.config.ares import AresOptions
 from jgia.config.client import ClientConfig, Protocol
 from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig
+from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
+from jgia.config.knowledge import KnowledgeConfig
 from jgia.config.model import ModelConfig
 from jgia.config.performance import PerformanceFlags
 
-AttackName = Literal["ares", "rtf", "trap_weights", "qbi", "loki"]
+AttackName = Literal[
+    "ares",
+    "rtf",
+    "trap_weights",
+    "qbi",
+    "loki",
+    "analytic",
+    "dlg",
+    "idlg",
+    "inverting_gradients",
+    "see_through",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,14 +39,23 @@ class AuditConfig:
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
     defense: DefenseConfig = dataclasses.field(default_factory=DefenseConfig)
+    knowledge: KnowledgeConfig = dataclasses.field(default_factory=KnowledgeConfig)
     ares: AresOptions = dataclasses.field(default_factory=AresOptions)
     imprint: ImprintOptions = dataclasses.field(default_factory=ImprintOptions)
+    matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
+    run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
 
     attack: AttackName = "ares"
-    """The attack to run: `ares`, or one of the baselines before it: `rtf` (Robbing the Fed; needs
-    `--model imprint_cnn` or `imprint_mlp`), `trap_weights` and `qbi` (`--model mlp`), `loki`
-    (`--model cnn`)."""
+    """The attack to run. A malicious server: `ares`, or one of the baselines before it: `rtf`
+    (Robbing the Fed; needs `--model imprint_cnn` or `imprint_mlp`), `trap_weights` and `qbi`
+    (`--model mlp`), `loki` (`--model cnn`). An honest but curious one: `analytic` (exact, layer by
+    layer), or gradient matching: `dlg`, `idlg`, `inverting_gradients`, `see_through`."""
+
+    trained: Path | None = None
+    """Attack what honest training sends: a folder written by `jgia train-victim`, instead of
+    `--model` with random parameters; `--batch-norm` may change its mode. Not for attacks that
+    choose the parameters."""
 
     batch: int = 32
     """Images the client holds."""
@@ -80,13 +102,20 @@ class CraftConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttackConfig:
-    """An update that was computed elsewhere on crafted parameters."""
+    """An update that was computed elsewhere."""
 
-    crafted: Path
-    """Folder written by `jgia craft`."""
+    method: AttackName = "ares"
+    """The attack; also `jgia attack METHOD --update ...`."""
 
     update: Path
     """The client's update: .npz or .safetensors with the names of the parameters."""
+
+    crafted: Path | None = None
+    """Folder written by `jgia craft`, whose parameters were sent (ares)."""
+
+    trained: Path | None = None
+    """Folder written by `jgia train-victim`, whose parameters were sent (attacks of an honest but
+    curious server)."""
 
     layout: Literal["flax", "torch"] = "flax"
     """Names and axes of the update."""
@@ -94,17 +123,49 @@ class AttackConfig:
     protocol: Protocol = "fedsgd"
     """Whether the update is a gradient or a parameter difference; ARES reads both alike."""
 
+    num_examples: int | None = None
+    """Images behind the update. Gradient matching has to know."""
+
+    labels: tuple[int, ...] | None = None
+    """Their labels, if they are known."""
+
+    local_steps: int | None = None
+    """FedAvg: the client's optimizer steps, if they are known."""
+
+    local_epochs: int = 1
+    """FedAvg: passes over its images in these steps."""
+
+    local_learning_rate: float | None = None
+    """FedAvg: its learning rate, if it is known."""
+
     truth: str | None = None
     """Data specification of the client's images, if they are known, to score against."""
 
     ares: AresOptions = dataclasses.field(default_factory=AresOptions)
+    imprint: ImprintOptions = dataclasses.field(default_factory=ImprintOptions)
+    matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
+    run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
 
     seed: int = 0
-    """Decides the rank probe."""
+    """Decides the rank probe, and where searches start."""
 
     out: Path = Path("jgia-report")
     """Folder for the report."""
 
     json: bool = False
     """Print result.json instead of the table."""
+
+    def __post_init__(self) -> None:
+        _checks.one_of(get_args(AttackName), method=self.method)
+        if (self.crafted is None) == (self.trained is None):
+            raise ValueError(
+                "give the parameters that were sent: --crafted with a folder from 'jgia craft', or "
+                "--trained with one from 'jgia train-victim'."
+            )
+        if (self.method == "ares") != (self.crafted is not None):
+            raise ValueError(
+                f"method {self.method!r} does not read updates on "
+                f"{'crafted' if self.crafted else 'trained'} parameters; ares needs --crafted, the "
+                "attacks of an honest but curious server --trained."
+            )

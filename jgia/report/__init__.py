@@ -9,5 +9,6 @@ from jgia.report.records import Result as Result
 from jgia.report.schema import SCHEMA_VERSION as SCHEMA_VERSION
 from jgia.report.schema import in_schema_order as in_schema_order
 from jgia.report.schema import validate_result as validate_result
+from jgia.report.search import SearchHistory as SearchHistory
 from jgia.report.write import to_json as to_json
 from jgia.report.write import write_report as write_report

@@ -15,6 +15,7 @@ from jgia.report.markup import Html, definitions, element, join, page, section, 
 from jgia.report.pairs import image_section
 from jgia.report.records import HEADLINE_DB, LEVELS, THRESHOLDS, Number
 from jgia.report.schema import validate_result
+from jgia.report.search import SearchHistory, search_section
 
 _TIMING_NAMES = {
     "setup_s": "Setup (data, crafted parameters)",
@@ -23,6 +24,7 @@ _TIMING_NAMES = {
     "client_s": "Client's update",
     "leak_s": "Read-out",
     "invert_s": "Inversion",
+    "search_s": "Search",
     "total_s": "Total",
 }
 
@@ -34,6 +36,7 @@ def render_html(
     *,
     statuses: Sequence[str | None] | None = None,
     labels: Sequence[str] | None = None,
+    history: SearchHistory | None = None,
 ) -> str:
     """Render a result as one HTML file that loads nothing and runs no script.
 
@@ -44,6 +47,7 @@ def render_html(
         originals, all returned images.
       statuses: the attack's status of each aligned reconstruction, ``None`` where unmatched.
       labels: a caption per image, such as its class name.
+      history: of the search, for attacks that iterate.
 
     Returns:
       The text of the page, below 8 MB: where the images would not fit, they are averaged down
@@ -65,6 +69,7 @@ def render_html(
             "main",
             _threat_model(result),
             image_section(result, originals, aligned, statuses, labels),
+            search_section(history),
             _scores(result),
             _candidates(result),
             _reproduce(result),
@@ -159,6 +164,8 @@ def _scores(result: Mapping[str, Any]) -> Html:
         ("Mean squared error", words.number(scores["mse"])),
         ("Median SSIM", words.number(scores["ssim"]["median"])),
     ]
+    if "label_accuracy" in scores:
+        counts.append(("Labels found", words.percent(scores["label_accuracy"])))
     if "lpips" in scores:
         counts.append(("Median LPIPS", words.number(scores["lpips"]["median"])))
     notes = [scores[name]["note"] for name in ("ssim", "lpips") if "note" in scores.get(name, {})]
@@ -244,7 +251,8 @@ def _candidates(result: Mapping[str, Any]) -> Html:
         caption = "Candidates by status"
         parts.append(table(["Status", "Count", "Meaning"], rows, caption=caption, class_="prose"))
     if attack["stats"]:
-        parts.append(_details("Attack statistics", flatten(attack["stats"])))
+        shown = {k: v for k, v in attack["stats"].items() if not k.startswith("curve_")}
+        parts.append(_details("Attack statistics", flatten(shown)))
     return section("Candidates", *parts, id_="candidates")
 
 

@@ -28,7 +28,7 @@ def join(*parts: str, separator: str = "") -> Html:
     return Html(separator.join(p if isinstance(p, Html) else html.escape(p) for p in parts))
 
 
-def element(name: str, *children: str, **attributes: str | int | None) -> Html:
+def element(name: str, *children: str, **attributes: str | int | float | None) -> Html:
     """One element. ``class_`` stands for ``class``; an attribute that is ``None`` is left out.
 
     >>> element("p", "1 < 2", class_="note")

@@ -170,6 +170,7 @@ class Scores(TypedDict):
     psnr: PSNR
     ssim: Similarity
     lpips: NotRequired[Similarity]
+    label_accuracy: NotRequired[Share]
     success_rate: SuccessRates
     baselines: dict[str, Baseline]
     matching: list[Count | None]

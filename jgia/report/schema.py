@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_or
 from jgia.report import records
 from jgia.report.records import Bounds, Result
 
-SCHEMA_VERSION = "1.1"
+SCHEMA_VERSION = "1.2"
 """Version of the schema: minor versions add keys, major versions change or remove them."""
 
 _SLACK = 1e-9  # a closed-form interval at rate 1 can round to just past 1
@@ -34,7 +34,7 @@ def validate_result(result: object) -> None:
     Raises:
       ValueError: the first problem found, as ``result.scores.psnr.median: expected ...``.
 
-    >>> validate_result({"version": "1.1"})
+    >>> validate_result({"version": "1.2"})
     Traceback (most recent call last):
     ValueError: result.command: this key is missing; expected a string.
     """

@@ -12,6 +12,7 @@ STATUS_MEANINGS = {
     "noisy": "More equations than unknowns, solved down to noise or rounding in the update.",
     "regularised": "Fewer equations than unknowns in places; a sparse prior filled in the rest.",
     "rank_deficient": "Enough equations by count, but they leave some pixels undetermined.",
+    "matched": "The point of a search whose update is closest to the client's. Nothing proves it.",
     "not_converged": "The solver reached its iteration limit; this is its best image so far.",
     "mixture": "Several images share one measurement and were not told apart; not returned.",
     "duplicate": "The same image as a candidate with a better score; not returned.",

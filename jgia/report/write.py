@@ -18,6 +18,7 @@ from jgia.report.figures import grid_png
 from jgia.report.html import render_html
 from jgia.report.pairs import MAX_SHOWN
 from jgia.report.schema import in_schema_order, validate_result
+from jgia.report.search import SearchHistory
 
 FILE_NAMES = ("report.html", "result.json", "reconstructions.npz", "grid.png")
 """What :func:`write_report` writes."""
@@ -32,6 +33,8 @@ def write_report(
     scores: Float[np.ndarray, " j"],
     statuses: Sequence[str],
     labels: Sequence[str] | None = None,
+    classes: Int[np.ndarray, " j"] | None = None,
+    history: SearchHistory | None = None,
 ) -> dict[str, Path]:
     """Write ``report.html``, ``result.json``, ``reconstructions.npz`` and ``grid.png``.
 
@@ -47,6 +50,8 @@ def write_report(
       scores: (J,) the attack's own confidence of each.
       statuses: J words, such as :class:`jgia.observation.Status` members.
       labels: a caption per shown image (per original, or per reconstruction without originals).
+      classes: (J,) the label of each reconstruction that the attack inferred or was given.
+      history: of the search, for attacks that iterate.
 
     Returns:
       The path of each file by its name.
@@ -65,7 +70,7 @@ def write_report(
     shown = slice(0, MAX_SHOWN)
     contents = {
         "report.html": render_html(
-            result, originals, aligned, statuses=aligned_statuses, labels=labels
+            result, originals, aligned, statuses=aligned_statuses, labels=labels, history=history
         ).encode("utf-8"),
         "result.json": to_json(result).encode("utf-8"),
         "reconstructions.npz": _npz(
@@ -74,6 +79,8 @@ def write_report(
                 "scores": np.asarray(scores),
                 "statuses": np.asarray(words, dtype=np.str_),
                 "truth_index": index,
+                **({} if classes is None else {"labels": np.asarray(classes, np.int64)}),
+                **({} if history is None else history.arrays()),
             }
         ),
         "grid.png": grid_png(

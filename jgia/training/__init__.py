@@ -1,4 +1,4 @@
-"""Train a victim for real, and keep it in a folder. ``jgia.training.command`` is the command."""
+"""Train a victim for real, and keep it in a folder. ``jgia.train_command`` is the command."""
 
 from jgia.training.checkpoint import CheckpointError
 from jgia.training.files import load_victim, save_victim

@@ -116,6 +116,9 @@ def _options(type_) -> set[str]:
             "AresOptions": config.AresOptions,
             "DefenseConfig": config.DefenseConfig,
             "ImprintOptions": config.ImprintOptions,
+            "KnowledgeConfig": config.KnowledgeConfig,
+            "MatchingOptions": config.MatchingOptions,
+            "RunOptions": config.RunOptions,
             "PerformanceFlags": config.PerformanceFlags,
             "AuditConfig": config.AuditConfig,
         }.get(str(field.type))

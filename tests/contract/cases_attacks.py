@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jgia.attacks import ares, imprint
-from jgia.config import AresOptions, PerformanceFlags
+from jgia.attacks import analytic, ares, gradient_matching, imprint
+from jgia.config import AresOptions, MatchingOptions, PerformanceFlags
 from jgia.data import load_dataset
 from jgia.federated import client_update
 from jgia.models import make_victim
@@ -83,6 +83,34 @@ def _imprint_case(method: str, model: str) -> AttackCase:
     )
 
 
+@functools.cache
+def _observe_honest() -> Observation:
+    images = np.random.default_rng(0).uniform(size=(1, 6, 6, 1)).astype(np.float32)
+    victim = make_victim("mlp", input_shape=(6, 6, 1), num_classes=3, widths=(8,))
+    params = victim.init(jax.random.key(0))
+    observation = client_update(jax.random.key(1), victim, params, images, np.array([1]))
+    threat = dataclasses.replace(observation.threat_model, server="honest_but_curious")
+    return dataclasses.replace(observation, threat_model=threat)
+
+
+def _matching_case(method: str) -> AttackCase:
+    return AttackCase(
+        package="gradient_matching",
+        variant=method,
+        attack=functools.partial(
+            gradient_matching.attack,
+            method=method,
+            options=MatchingOptions(num_steps=3),
+            num_examples=1,
+        ),
+        observe=_observe_honest,
+        needs_malicious_server=False,
+    )
+
+
+NOT_ATTACKS = frozenset({"labels"})
+"""Modules of ``jgia.attacks`` that return no images: they have tests of their own."""
+
 CASES = (
     AttackCase(
         package="ares",
@@ -94,4 +122,14 @@ CASES = (
     _imprint_case("trap_weights", "mlp"),
     _imprint_case("qbi", "mlp"),
     _imprint_case("loki", "cnn"),
+    _matching_case("dlg"),
+    _matching_case("idlg"),
+    _matching_case("inverting_gradients"),
+    _matching_case("see_through"),
+    AttackCase(
+        package="analytic",
+        attack=functools.partial(analytic.attack, num_examples=1),
+        observe=_observe_honest,
+        needs_malicious_server=False,
+    ),
 )

@@ -123,7 +123,7 @@ def test_nan_and_infinity_are_rejected_everywhere(case):
         (("scores", "success_rate", "40", "rate"), 0.5, "share of true images"),
         (("scores", "success_rate", "40", "low"), 0.9, "low <= rate <= high"),
         (("scores", "success_rate", "18", "high"), 1.5, "from 0 to 1"),
-        (("version",), "2.0", "reads schema 1.1"),
+        (("version",), "2.0", "reads schema 1.2"),
     ],
 )
 def test_inconsistent_values_are_rejected(case, path, value, hint):

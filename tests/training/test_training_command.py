@@ -9,7 +9,7 @@ from jgia.config import DataConfig, ModelConfig
 from jgia.config.training import TrainConfig
 from jgia.data import load_dataset
 from jgia.training import evaluate, load_victim
-from jgia.training.command import CHECKPOINT, run_training, split_train_test
+from jgia.train_command import CHECKPOINT, run_training, split_train_test
 
 TINY = ("--model", "mlp", "--widths", "3", "--epochs", "2", "--batch-size", "48")
 

@@ -18,6 +18,7 @@ from jgia.attacks.gradient_matching.objective import Problem, Variables, make_pr
 from jgia.attacks.gradient_matching.record import Progress, Recorder
 from jgia.attacks.gradient_matching.search import State
 from jgia.attacks.gradient_matching.settings import Settings, settings
+from jgia.attacks.labels import infer_labels
 from jgia.config.gradient_matching import MatchingAttack, MatchingOptions, RunOptions
 from jgia.config.performance import PerformanceFlags
 from jgia.observation import Observation, Reconstruction, Status
@@ -198,8 +199,6 @@ def _labels(
         return jnp.asarray(given, jnp.int32), "given"
     if chosen.labels == "joint":
         return jnp.zeros(count, jnp.int32), "joint"
-    from jgia.attacks.labels import infer_labels
-
     found = infer_labels(key, observation, method=chosen.labels, num_examples=count)
     return jnp.asarray(found.labels, jnp.int32), found.method
 

@@ -43,7 +43,8 @@ def save(
     mark: str,
 ) -> None:
     """Write all states, the losses so far (R, steps) and the images kept, by step."""
-    arrays: dict[str, Any] = {f"state/{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(states))}
+    leaves = enumerate(jax.tree.leaves(states))
+    arrays: dict[str, Any] = {f"state/{i}": np.asarray(leaf) for i, leaf in leaves}
     arrays |= {f"frame/{step}": images for step, images in frames.items()}
     content = io.BytesIO()
     np.savez(content, **arrays, losses=losses, **{_FINGERPRINT: np.asarray(mark)})

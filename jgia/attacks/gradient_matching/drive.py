@@ -77,13 +77,13 @@ def run(
             count = min(count, _CONSENSUS_EVERY - done % _CONSENSUS_EVERY)
         losses = []
         for i, (problem, state) in enumerate(zip(problems, states, strict=True)):
-            states[i], info = advance(problem, state, count)
-            losses.append(info.loss)
+            states[i], values = advance(problem, state, count)
+            losses.append(values)
         done += count
         if settings.group_prior and done % _CONSENSUS_EVERY == 0:
             states = _with_consensus(states)
         if on_event is not None:
-            event = Event(done, np.concatenate([np.asarray(part) for part in losses]), states)
+            event = Event(done, np.concatenate(losses), states)
             if on_event(event):
                 break
     return states
@@ -107,18 +107,24 @@ def _one_step(problem: Problem, state: State) -> tuple[State, Info]:
     return jax.vmap(one)(state, problem.update, problem.statistics, problem.labels)
 
 
-def _advance_python(problem: Problem, state: State, count: int) -> tuple[State, Info]:
-    infos = []
+def _advance_python(problem: Problem, state: State, count: int) -> tuple[State, np.ndarray]:
+    """The state after some steps, and the losses (R, count)."""
+    losses = []
     for _ in range(count):
         state, info = _one_step(problem, state)
-        infos.append(info)
-    return state, jax.tree.map(lambda *leaves: jnp.stack(leaves, axis=1), *infos)
+        losses.append(info.loss)
+    return state, np.stack(jax.device_get(losses), axis=1)  # jnp.stack compiles for every count
+
+
+def _advance_scan(problem: Problem, state: State, count: int) -> tuple[State, np.ndarray]:
+    state, losses = _scan(problem, state, count)
+    return state, np.asarray(losses).T
 
 
 @functools.partial(jax.jit, static_argnames="count", donate_argnums=1)
-def _advance_scan(problem: Problem, state: State, count: int) -> tuple[State, Info]:
+def _scan(problem: Problem, state: State, count: int) -> tuple[State, Array]:
     state, infos = jax.lax.scan(lambda s, _: _one_step(problem, s), state, None, length=count)
-    return state, jax.tree.map(lambda leaf: jnp.moveaxis(leaf, 0, 1), infos)
+    return state, infos.loss
 
 
 def _with_consensus(states: list[State]) -> list[State]:

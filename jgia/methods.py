@@ -1,0 +1,186 @@
+"""Every attack behind one interface: what the server sends, and what it reads out of the answer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+
+from jgia._clock import StageClock
+from jgia.attacks import analytic, ares, gradient_matching, imprint
+from jgia.config import AttackConfig, AttackName, AuditConfig, ClientConfig
+from jgia.models import Victim
+from jgia.observation import Observation, Reconstruction
+
+PyTree = Any
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage in words, steps done, steps in all)."""
+
+
+Options = AuditConfig | AttackConfig
+"""Commands that run an attack: both hold the options of every one."""
+
+
+class Job(NamedTuple):
+    """What an attack is given, and whom it tells how it goes.
+
+    Attributes:
+      observation: what the attacker holds.
+      plan: what the server remembers of crafting; ``None`` where it did not.
+      options: of the command.
+      clock: counts the stages ``leak_s``, ``invert_s`` and ``search_s``.
+      report: see :data:`Progress`.
+    """
+
+    observation: Observation
+    plan: Any
+    options: Options
+    clock: StageClock
+    report: Progress
+
+
+class Method(NamedTuple):
+    """One attack.
+
+    Attributes:
+      server: what it takes for granted of the server.
+      check: refuses a victim that it cannot attack, before any compute.
+      craft: ``(key, victim, calibration, options, client, num_examples) -> (params, plan)`` of a
+        malicious server; ``None`` for attacks on what honest training sends.
+      attack: from a key and a job to a reconstruction.
+    """
+
+    server: Literal["malicious", "honest_but_curious"]
+    check: Callable[[Victim], object]
+    craft: Callable[..., tuple[PyTree, Any]] | None
+    attack: Callable[[jax.Array, Job], Reconstruction]
+
+
+def method(name: AttackName) -> Method:
+    """The attack of a name."""
+    return _METHODS[name]
+
+
+def ares_attack(key: jax.Array, job: Job) -> Reconstruction:
+    """The attack's two halves, each timed as a stage, with progress per candidate."""
+    observation, plan = job.observation, job.plan
+    job.report("reading activations out of the update", 0, 1)
+    with job.clock.stage("leak_s"):
+        candidates = ares.leak(
+            observation,
+            plan,
+            noise_std=observation.threat_model.noise_std,
+            first_layer=job.options.ares.first_layer,
+        )
+    total = max(1, len(candidates))
+    job.report("inverting activations", 0, total)
+    with job.clock.stage("invert_s"):
+        return ares.invert(
+            key,
+            candidates,
+            plan,
+            observation.victim,
+            options=job.options.ares,
+            performance=job.options.performance,
+            progress=lambda done: job.report("inverting activations", done, total),
+        )
+
+
+def _craft_ares(
+    key: jax.Array,
+    victim: Victim,
+    calibration: np.ndarray,
+    options: Options,
+    client: ClientConfig,
+    num_examples: int,
+) -> tuple[PyTree, Any]:
+    return ares.craft(
+        key, victim, calibration, options=options.ares, num_examples=num_examples, client=client
+    )
+
+
+def _craft_imprint(
+    module: ModuleType,
+    key: jax.Array,
+    victim: Victim,
+    calibration: np.ndarray,
+    options: Options,
+    client: ClientConfig,
+    num_examples: int,
+) -> tuple[PyTree, Any]:
+    del client
+    return module.craft(
+        key, victim, calibration, options=options.imprint, num_examples=num_examples
+    )
+
+
+def _attack_imprint(module: ModuleType, key: jax.Array, job: Job) -> Reconstruction:
+    job.report("reading images out of the update", 0, 1)
+    with job.clock.stage("leak_s"):
+        return module.attack(
+            key,
+            job.observation,
+            plan=job.plan,
+            options=job.options.imprint,
+            noise_std=job.observation.threat_model.noise_std,
+        )
+
+
+def _attack_matching(name: Any, key: jax.Array, job: Job) -> Reconstruction:
+    total = gradient_matching.settings(name, job.options.matching).num_steps
+    job.report("searching", 0, total)
+    with job.clock.stage("search_s"):
+        return gradient_matching.attack(
+            key,
+            job.observation,
+            method=name,
+            options=job.options.matching,
+            performance=job.options.performance,
+            run_options=job.options.run,
+            progress=lambda done, steps, loss: job.report(
+                f"searching, loss {loss:.3g}", done, steps
+            ),
+        )
+
+
+def _attack_analytic(key: jax.Array, job: Job) -> Reconstruction:
+    job.report("solving layer by layer", 0, 1)
+    with job.clock.stage("invert_s"):
+        return analytic.attack(key, job.observation)
+
+
+def _imprint(module: ModuleType) -> Method:
+    return Method(
+        "malicious",
+        module.check,
+        functools.partial(_craft_imprint, module),
+        functools.partial(_attack_imprint, module),
+    )
+
+
+def _matching(name: str) -> Method:
+    return Method(
+        "honest_but_curious",
+        lambda victim: None,
+        None,
+        functools.partial(_attack_matching, name),
+    )
+
+
+_METHODS: dict[str, Method] = {
+    "ares": Method("malicious", ares.attackable_layers, _craft_ares, ares_attack),
+    "rtf": _imprint(imprint.rtf),
+    "trap_weights": _imprint(imprint.trap_weights),
+    "qbi": _imprint(imprint.qbi),
+    "loki": _imprint(imprint.loki),
+    "dlg": _matching("dlg"),
+    "idlg": _matching("idlg"),
+    "inverting_gradients": _matching("inverting_gradients"),
+    "see_through": _matching("see_through"),
+    "analytic": Method("honest_but_curious", analytic.check, None, _attack_analytic),
+}
