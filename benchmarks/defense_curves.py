@@ -229,10 +229,13 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         axis.set_title(name.replace("_", " "), fontsize=10)
         axis.set_xlabel(group[0]["knob"].replace("_", " "), fontsize=9)
         axis.set_ylim(-0.02, 1.02)
-        if name in (curves[0][0], "augment"):
-            axis.legend(fontsize=6)
     for axis in axes.flat[len(curves) :]:
         axis.set_axis_off()
+    entries = {}  # one legend, below the panels, where it covers nothing
+    for axis in axes.flat:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle("weak to strong; dotted: without a defense", fontsize=9)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=110)

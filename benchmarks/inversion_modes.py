@@ -244,7 +244,7 @@ def draw(path: Path, cells: dict[str, Any], roc: dict[str, Any]) -> None:
         left.errorbar(ratio, median, np.abs(bounds - median), label=mode, marker="o", capsize=2)
     left.set_xscale("log", base=2)
     left.set_xticks(RATIOS, ["1/6", "1/3", "2/3", "1", "2", "4"])
-    left.set(xlabel="neurons per unknown", ylabel="median PSNR (dB)", ylim=(5, 62))
+    left.set(xlabel="neurons per unknown", ylabel="median PSNR (dB), cut at 62", ylim=(5, 62))
     left.legend(fontsize=8)
     for name, entry in roc.items():
         single, mixed = np.asarray(entry["single"]), np.asarray(entry["mixed"])
