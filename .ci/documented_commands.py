@@ -1,8 +1,8 @@
 """Run what documents show, in the current folder: their ``jgia`` lines and Python blocks.
 
 Usage: ``python documented_commands.py README.md docs/index.md ...`` in an empty folder. The files
-that the commands name are made from the bundled sample. What needs the network, or a package that
-is not installed, is left out and named.
+that the commands name are made from the bundled sample; crafted parameters, by the command that
+README.md shows. What needs the network, or a package that is not installed, is left out and named.
 """
 
 import importlib.util
@@ -11,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from PIL import Image
 import jgia
 from jgia.federated import load_params, save_update
 
+CRAFT = "jgia craft --layout torch"
 CODE = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 IMPORT = re.compile(r"^(?:import|from)\s+(\w+)", re.MULTILINE)
 
@@ -55,9 +57,11 @@ def make_update(crafted: Path) -> None:
 
 
 def run(command: list[str]) -> None:
-    """Run a command; stop at the first that fails."""
-    print(f"$ {shlex.join(command)[:100]}", flush=True)
+    """Run a command and time it; stop at the first that fails."""
+    print(f"$ {' '.join(shlex.join(command).split())[:100]}", flush=True)
+    begin = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    print(f"  {time.perf_counter() - begin:.1f} s", flush=True)
 
 
 def main(documents: list[str]) -> None:
@@ -80,6 +84,10 @@ def main(documents: list[str]) -> None:
                 elif "--download" in command:
                     print(f"left out of {document}, needs the network: {command}")
                 else:
+                    crafted = command.startswith(("jgia attack", "jgia inspect"))
+                    if crafted and CRAFT not in done:
+                        done.add(CRAFT)
+                        run(shlex.split(CRAFT))
                     if command.startswith("jgia attack") and not Path("update.npz").exists():
                         make_update(Path("jgia-crafted"))
                     run(shlex.split(command))
