@@ -99,7 +99,7 @@ def _matching_case(method: str) -> AttackCase:
         variant=method,
         attack=functools.partial(
             gradient_matching.attack,
-            method=method,
+            method=method,  # pyright: ignore[reportArgumentType]
             options=MatchingOptions(num_steps=3),
             num_examples=1,
         ),

@@ -8,8 +8,8 @@ from jgia import cli
 from jgia.config import DataConfig, ModelConfig
 from jgia.config.training import TrainConfig
 from jgia.data import load_dataset
-from jgia.training import evaluate, load_victim
 from jgia.train_command import CHECKPOINT, run_training, split_train_test
+from jgia.training import evaluate, load_victim
 
 TINY = ("--model", "mlp", "--widths", "3", "--epochs", "2", "--batch-size", "48")
 

@@ -46,8 +46,9 @@ def save(
     leaves = enumerate(jax.tree.leaves(states))
     arrays: dict[str, Any] = {f"state/{i}": np.asarray(leaf) for i, leaf in leaves}
     arrays |= {f"frame/{step}": images for step, images in frames.items()}
+    arrays |= {"losses": losses, _FINGERPRINT: np.asarray(mark)}
     content = io.BytesIO()
-    np.savez(content, **arrays, losses=losses, **{_FINGERPRINT: np.asarray(mark)})
+    np.savez(content, **arrays)
     atomic_write_bytes(path, content.getvalue())
 
 
