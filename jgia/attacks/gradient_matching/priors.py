@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from jgia.attacks.gradient_matching.distances import root
@@ -26,7 +26,7 @@ def total_variation(images: Array, form: TotalVariation = "l1") -> Array:
         beyond the last row and column are zeros (as a padded convolution has it).
 
     Returns:
-      A scalar; for ``"l2"`` with derivative zero where neighbors are equal.
+      A scalar, with derivative zero where neighbors are equal, as clipped ones often are.
 
     >>> float(total_variation(jnp.array([0.0, 1.0]).reshape(1, 1, 2, 1)))
     1.0
@@ -34,10 +34,10 @@ def total_variation(images: Array, form: TotalVariation = "l1") -> Array:
     if form == "zero_padded":
         down = jnp.diff(jnp.pad(images, ((0, 0), (0, 1), (0, 0), (0, 0))), axis=1)
         right = jnp.diff(jnp.pad(images, ((0, 0), (0, 0), (0, 1), (0, 0))), axis=2)
-        return jnp.mean(jnp.abs(down) + jnp.abs(right))
+        return jnp.mean(_abs(down) + _abs(right))
     down, right = jnp.diff(images, axis=1), jnp.diff(images, axis=2)
     if form == "l1":
-        return _mean(jnp.abs(down)) + _mean(jnp.abs(right))
+        return _mean(_abs(down)) + _mean(_abs(right))
     squares = jnp.square(down[:, :, :-1]) + jnp.square(right[:, :-1])
     return _mean(root(squares))
 
@@ -72,6 +72,11 @@ def group_distance(images: Array, consensus: Array) -> Array:
       Yin et al. 2021, eq. 11; there images are registered before they are averaged.
     """
     return jnp.mean(jnp.square(images - consensus))
+
+
+def _abs(values: Array) -> Array:
+    """Absolute values, with derivative zero at zero; that of ``jnp.abs`` is one."""
+    return values * lax.stop_gradient(jnp.sign(values))
 
 
 def _mean(values: Array) -> Array:
