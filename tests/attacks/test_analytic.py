@@ -339,8 +339,9 @@ def test_bad_numbers_of_examples_are_refused():
         attack(observation, num_examples=2)
     with pytest.raises(ValueError, match="at least 1"):
         attack(CNN().observe(num_examples=None), num_examples=0)
+    pooled = dataclasses.replace(observation, victim=case("cnn", 8, pool="max").victim)
     with pytest.raises(ValueError, match="pooling"):
-        attack(case("cnn", 8, pool="max", widths=(4,)).observe())
+        attack(pooled)
 
 
 def test_an_update_of_another_model_is_refused():

@@ -18,8 +18,9 @@ from jgia.attacks.analytic.arrays import (
 )
 from jgia.attacks.analytic.chain import NAME, Stage, head_name, stages
 from jgia.attacks.analytic.recursion import Recovered, ratio, recover
+from jgia.attacks.analytic.rows import attack_batch
 from jgia.attacks.analytic.simulate import Match, match
-from jgia.models import flatten_params
+from jgia.models import Conv, Dense, flatten_params
 from jgia.observation import Observation, Reconstruction, Status, ThreatModel
 
 SELECTED_BY = "digits to which the image's own gradient repeats the update"
@@ -34,20 +35,22 @@ def attack(
 ) -> Reconstruction:
     """Compute the client's image from its update, without a search where equations suffice.
 
-    The update of a first layer that is fully connected is the image times a known vector; through
-    a chain of convolutions and fully connected layers the input of each layer solves linear
-    equations, from the head on (:func:`~jgia.attacks.analytic.recursion.recover`).
+    One example: the update of a first layer that is fully connected is the image times a known
+    vector; through a chain of convolutions and fully connected layers the input of each layer
+    solves linear equations, from the head on (:func:`~jgia.attacks.analytic.recursion.recover`).
+    Several examples behind a first layer that is fully connected with ReLU: all of them, or what
+    its neurons have for themselves (:func:`~jgia.attacks.analytic.rows.attack_batch`).
 
     Args:
       key: PRNG key: random vectors that test what is determined and how far noise carries, and
         starts where layers must be solved together.
       observation: update, parameters that were sent, model, threat model. The server may be honest
         but curious.
-      num_examples: 1, where the threat model does not tell. If neither does, one is assumed as
-        far as the update allows it.
+      num_examples: how many examples the update covers where the threat model does not tell. If
+        neither does, one is assumed as far as the update allows it.
 
     Returns:
-      One image with one of these statuses:
+      For one example, one image with one of these statuses:
 
       * ``exact``: its own gradient repeats the update to rounding, every pixel is determined, and
         noise of that size changes the image by less than 1 % (root mean square);
@@ -59,7 +62,8 @@ def attack(
       threat model gives), ``nonfinite`` if it is zero. The score is the number of digits to which
       the update is repeated. ``candidates`` has ``expected_psnr``: the attack's own estimate in
       dB, from solving once more with noise of the size of what is left over. ``stats["layers"]``
-      counts equations and unknowns.
+      counts equations and unknowns. For several examples see
+      :func:`~jgia.attacks.analytic.rows.attack_batch`.
 
     Raises:
       ValueError: the model cannot be attacked (:func:`~jgia.attacks.analytic.chain.check`), a layer
@@ -69,21 +73,23 @@ def attack(
       The same key gives the same bits on the same device. No image of the client's and no metric
       is used.
     """
-    threat = observation.threat_model
-    chain = stages(observation.victim)
+    victim, threat = observation.victim, observation.threat_model
+    chain = stages(victim)
     _require_one_step(threat)
     count = _num_examples(threat, num_examples)
-    if count not in (None, 1):
+    first = chain[0].layer
+    rectified = isinstance(first, Dense) and first.activation == "relu"
+    if count not in (None, 1) and not rectified:
         raise ValueError(_one_example_needed(chain[0], count))
     arrays = [read_layer(observation, stage) for stage in chain]
-    if count is None:
-        reason = _not_one(observation, chain[-1], arrays[-1])
-        if reason is None and threat.num_clients > 1:
-            reason = f"it sums up {threat.num_clients} clients"
-        if reason is not None:
-            reason = f"it is not of one example: {reason}"
-            return _nothing(observation, Status.MIXTURE, reason)
     rng = np.random.default_rng(np.asarray(jax.random.bits(key, (4,), "uint32")))
+    if not all(each.finite for each in arrays):
+        return _nothing(observation, Status.NONFINITE, "the update has NaN or infinite entries")
+    reason = _not_one(observation, chain[-1], arrays[-1]) if count is None else None
+    if (count or 1) > 1 or (reason is not None and rectified):
+        return attack_batch(observation, chain[0], rng)
+    if reason is not None:
+        return _nothing(observation, Status.MIXTURE, f"it is not of one example: {reason}")
     return _one(rng, observation, chain, arrays, certain=count == 1)
 
 
@@ -116,9 +122,15 @@ def _num_examples(threat: ThreatModel, given: int | None) -> int | None:
 
 
 def _one_example_needed(first: Stage, count: int | None) -> str:
+    layer = first.layer
+    what = (
+        f"every entry of the update of the convolution {layer.name}"
+        if isinstance(layer, Conv)
+        else f"every neuron of the layer {layer.name}, whose activation is {layer.activation!r},"
+    )
     return (
-        f"every entry of the update of the layer {first.layer.name} mixes all {count} examples: "
-        "the analytic attack needs num_examples=1; attack by gradient matching."
+        f"{what} mixes all {count} examples: the analytic attack needs num_examples=1 here, or a "
+        "first layer that is fully connected with ReLU (--model mlp); attack by gradient matching."
     )
 
 
