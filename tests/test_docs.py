@@ -28,6 +28,8 @@ LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 ELSEWHERE = {  # options of other commands than jgia
     "--quick": ".ci/run",
+    "--device": "benchmarks/gradient_matching.py",
+    "--peer-python": "benchmarks/gradient_matching.py",
     "--smoke": "benchmarks/ares_cnn.py",
     "--out": "benchmarks/ares_cnn.py",
 }
