@@ -12,7 +12,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jgia.attacks.gradient_matching import Settings, Variables, loss, make_problem, run, search
-from jgia.attacks.gradient_matching.optimizers import direction, schedule
+from jgia.attacks.gradient_matching.optimizers import direction, scale_by_adam, schedule
 from jgia.federated import client_update
 from jgia.models import make_victim
 from jgia.normalization import Normalization
@@ -103,6 +103,27 @@ def test_schedules():
     assert values["cosine"][100] == pytest.approx(0, abs=1e-8)
     assert values["warmup_cosine"][0] == pytest.approx(0.02)
     assert values["warmup_cosine"].argmax() == 10
+
+
+def _adam_steps(optimizer, dtype):
+    """Steps for gradients that are scaled differently every time; float64 at the end."""
+    rng = np.random.default_rng(0)
+    state = optimizer.init(jnp.zeros(50, dtype))
+    steps = []
+    for scale in (1.0, 3.0, 0.1, 2.0, 0.5):
+        gradient = jnp.asarray(scale * rng.standard_normal(50), dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            step, state = optimizer.update(gradient, state)
+        steps.append(np.asarray(step, np.float64))
+    return np.stack(steps)
+
+
+def test_adam_is_optax_in_float64_and_keeps_float32s_digits():
+    exact = _adam_steps(optax.scale_by_adam(), "float64")
+    np.testing.assert_allclose(_adam_steps(scale_by_adam(), "float64"), exact, rtol=1e-12)
+    with jax.enable_x64(False):
+        assert np.abs(_adam_steps(scale_by_adam(), "float32") - exact).max() < 1e-6
+        assert np.abs(_adam_steps(optax.scale_by_adam(), "float32") - exact).max() > 1e-5
 
 
 def test_lbfgs_minimizes_a_quadratic_faster_than_gradient_descent():

@@ -91,20 +91,34 @@ def run(
 
 @functools.partial(jax.jit, donate_argnums=1)
 def _one_step(problem: Problem, state: State) -> tuple[State, Info]:
-    if state.step.shape == (1,) and not problem.stacked:
-        # A vmapped convolution is slower on CPU, even if there is only one.
+    if state.step.shape == (1,):  # one is quicker without vmap
         single = jax.tree.map(lambda leaf: leaf[0], state)
-        return jax.tree.map(lambda leaf: leaf[None], search.step(single, problem))
+        own = _own(problem, *_first(problem)) if problem.stacked else problem
+        return jax.tree.map(lambda leaf: leaf[None], search.step(single, own))
+    problem = dataclasses.replace(problem, vmapped=True)
     if not problem.stacked:
         return jax.vmap(search.step, in_axes=(0, None))(state, problem)
 
-    def one(state: State, update: PyTree, statistics: PyTree, labels: Array) -> tuple[State, Info]:
-        own = dataclasses.replace(
-            problem, update=update, statistics=statistics, labels=labels, stacked=False
-        )
-        return search.step(state, own)
+    def one(state: State, *data: PyTree) -> tuple[State, Info]:
+        return search.step(state, _own(problem, *data))
 
-    return jax.vmap(one)(state, problem.update, problem.statistics, problem.labels)
+    return jax.vmap(one)(state, *_data(problem))
+
+
+def _data(problem: Problem) -> tuple[PyTree, PyTree, Array]:
+    """What differs among the clients of a stacked problem."""
+    return problem.update, problem.statistics, problem.labels
+
+
+def _first(problem: Problem) -> tuple[PyTree, PyTree, Array]:
+    return jax.tree.map(lambda leaf: leaf[0], _data(problem))
+
+
+def _own(problem: Problem, update: PyTree, statistics: PyTree, labels: Array) -> Problem:
+    """One client's part of a stacked problem."""
+    return dataclasses.replace(
+        problem, update=update, statistics=statistics, labels=labels, stacked=False
+    )
 
 
 def _advance_python(problem: Problem, state: State, count: int) -> tuple[State, np.ndarray]:

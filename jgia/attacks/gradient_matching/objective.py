@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jgia.attacks.gradient_matching import priors
+from jgia.attacks.gradient_matching.convolutions import fast_convolutions
 from jgia.attacks.gradient_matching.distances import distance, layer_names, layer_weights
 from jgia.attacks.gradient_matching.settings import Settings
 from jgia.attacks.gradient_matching.simulate import minibatches, replayed, simulated_update
@@ -35,6 +36,7 @@ class Problem:
       threat_model: without the labels, which are data.
       settings: what to minimize.
       stacked: whether update, statistics and labels have a leading axis, one entry per search.
+      vmapped: whether searches are vmapped; how convolutions are computed depends on it.
     """
 
     update: PyTree
@@ -45,6 +47,7 @@ class Problem:
     threat_model: ThreatModel = dataclasses.field(metadata={"static": True})
     settings: Settings = dataclasses.field(metadata={"static": True})
     stacked: bool = dataclasses.field(default=False, metadata={"static": True})
+    vmapped: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def stack(problems: Sequence[Problem]) -> Problem:
@@ -121,7 +124,7 @@ def make_problem(observation: Observation, labels: ArrayLike, settings: Settings
 
 
 def loss(problem: Problem, variables: Variables, consensus: Array) -> tuple[Array, Array]:
-    """(loss, gradient distance) of a batch of images; differentiable in ``variables``.
+    """(loss, gradient distance) of a batch of images; ``variables`` by reverse mode only.
 
     Args:
       problem: see :class:`Problem`.
@@ -132,7 +135,8 @@ def loss(problem: Problem, variables: Variables, consensus: Array) -> tuple[Arra
     labels = problem.labels
     if variables.label_logits is not None:
         labels = jax.nn.softmax(variables.label_logits)
-    update = simulated_update(victim, problem.params, inputs, labels, problem.threat_model)
+    with fast_convolutions(vmapped=problem.vmapped):
+        update = simulated_update(victim, problem.params, inputs, labels, problem.threat_model)
     weights = None
     if settings.layer_weights != "equal":
         weights = layer_weights(_depth_order(victim, problem.update), settings.layer_weights)

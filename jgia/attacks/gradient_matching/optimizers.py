@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 
 from jgia.config.gradient_matching import MatchingOptimizer, Schedule
 
@@ -42,8 +44,34 @@ def signs() -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: jax.tree.map(jnp.sign, updates))
 
 
+def scale_by_adam(
+    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
+) -> optax.GradientTransformation:
+    """:func:`optax.scale_by_adam`, with bias corrections that are exact in float32.
+
+    There ``1 - b2**t`` has lost four of seven digits in the first steps. Images whose gradient is
+    reduced to signs notice: the search leaves its float64 path within tens of steps.
+    """
+    plain = optax.scale_by_adam(b1, b2, eps)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        first = optax.tree.update_moment(updates, state.mu, b1, 1)
+        second = optax.tree.update_moment(updates, state.nu, b2, 2)
+        count = optax.safe_increment(state.count)
+
+        def step(m: Array, v: Array) -> Array:
+            steps = jnp.asarray(count, m.dtype)
+            m, v = (x / -jnp.expm1(steps * math.log(b)) for x, b in ((m, b1), (v, b2)))
+            return m / (jnp.sqrt(v) + eps)
+
+        return jax.tree.map(step, first, second), state._replace(count=count, mu=first, nu=second)
+
+    return optax.GradientTransformation(plain.init, update)
+
+
 def direction(name: MatchingOptimizer) -> Any:
-    """The optax transformation of ``adam``, ``signed_adam`` or ``lbfgs``, without learning rate.
+    """The transformation of ``adam``, ``signed_adam`` or ``lbfgs``, without learning rate.
 
     L-BFGS keeps the last 20 steps and takes them at a fixed length, as PyTorch's optimizer does
     unless told otherwise: a line search would put convolutions inside a loop of XLA, which is slow
@@ -52,5 +80,5 @@ def direction(name: MatchingOptimizer) -> Any:
     if name == "lbfgs":
         return optax.scale_by_lbfgs(_LBFGS_MEMORY)
     if name == "signed_adam":
-        return optax.chain(signs(), optax.scale_by_adam())
-    return optax.scale_by_adam()
+        return optax.chain(signs(), scale_by_adam())
+    return scale_by_adam()
