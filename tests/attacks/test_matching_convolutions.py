@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from jgia.attacks import gradient_matching as matching
+from jgia.attacks.gradient_matching import convolution_forms as forms
+from jgia.attacks.gradient_matching import convolutions
 from jgia.attacks.gradient_matching.convolutions import fast_convolutions
 from jgia.config import ClientConfig
 from jgia.federated import client_update
 from jgia.models import make_victim
 
-FORMS = {"convolution": {"vmapped": False}, "patches": {"vmapped": True}}
+FORMS = ("convolution", "patches")
 WINDOWS = {
     "same": {"kernel_size": (3, 3), "padding": "SAME"},
     "same, stride 2": {"kernel_size": (3, 3), "strides": 2, "padding": "SAME"},
@@ -49,6 +51,17 @@ def _matching(net, params, direction, x, context):
     return sum(jax.tree.leaves(products))
 
 
+@pytest.fixture
+def choose(monkeypatch):
+    """Fixes the form that every convolution takes."""
+
+    def fix(form):
+        monkeypatch.setattr(convolutions, "_form", lambda *_: form)
+        return fast_convolutions()
+
+    return fix
+
+
 def _case(window, seed=0, side=(9, 8)):
     rng = np.random.default_rng(seed)
     x = jnp.asarray(rng.standard_normal((2, *side, 3)))
@@ -59,25 +72,25 @@ def _case(window, seed=0, side=(9, 8)):
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_derivative_of_a_gradient_is_that_of_flax(name):
+def test_derivative_of_a_gradient_is_that_of_flax(name, choose):
     net, params, direction, x = _case(WINDOWS[name])
 
     def derivative(context):
         return jax.jit(jax.grad(lambda x: _matching(net, params, direction, x, context())))(x)
 
     expected = derivative(contextlib.nullcontext)
-    for form in FORMS.values():
-        found = derivative(lambda form=form: fast_convolutions(**form))
+    for form in (*FORMS, "winograd") if name == "same" else FORMS:
+        found = derivative(lambda form=form: choose(form))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * float(abs(expected).max()))
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_derivative_agrees_with_finite_differences(form):
+def test_derivative_agrees_with_finite_differences(form, choose):
     net, params, direction, x = _case(WINDOWS["same, stride 2"])
     along = jnp.asarray(np.random.default_rng(9).standard_normal(x.shape))
 
     def value(x):
-        return _matching(net, params, direction, x, fast_convolutions(**FORMS[form]))
+        return _matching(net, params, direction, x, choose(form))
 
     found = float(jnp.vdot(jax.grad(value)(x), along))
     step = 1e-5
@@ -87,7 +100,7 @@ def test_derivative_agrees_with_finite_differences(form):
 
 
 @pytest.mark.parametrize("side", [(4, 7), (5, 4)])
-def test_third_derivatives(side):
+def test_third_derivatives(side, choose):
     net, params, direction, x = _case(WINDOWS["one-sided"], side=side)
 
     def third(context):
@@ -97,11 +110,70 @@ def test_third_derivatives(side):
         return jax.tree.leaves(jax.jit(jax.grad(once))(params))
 
     expected = third(contextlib.nullcontext)
-    for form in FORMS.values():
-        found = third(lambda form=form: fast_convolutions(**form))
+    for form in FORMS:
+        found = third(lambda form=form: choose(form))
         for mine, theirs in zip(found, expected, strict=True):
             scale = float(abs(theirs).max()) + 1e-9
             np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-11 * scale)
+
+
+SQUARE = forms.Window((1, 1), ((1, 1), (1, 1)), "winograd")
+
+
+@pytest.mark.parametrize("side", [(6, 8), (7, 6), (5, 9), (1, 2)])
+@pytest.mark.parametrize("form", ["convolution", "patches", "winograd"])
+def test_each_form_is_the_convolution_and_its_derivatives(form, side):
+    rng = np.random.default_rng(0)
+    x, kernel, d = (
+        jnp.asarray(rng.standard_normal(shape))
+        for shape in ((2, *side, 3), (3, 3, 3, 4), (2, *side, 4))
+    )
+    window = SQUARE._replace(form=form)
+
+    def plain(x, kernel):
+        layout = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=layout)
+
+    expected, pullback = jax.vjp(plain, x, kernel)
+    wanted = (expected, *pullback(d))
+    found = (
+        forms.forward(window, x, kernel),
+        forms.to_input(window, x.shape, d, kernel),
+        forms.to_kernel(window, kernel.shape, d, x),
+    )
+    for mine, theirs in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-13 * float(abs(theirs).max()))
+        assert not np.allclose(mine, jnp.roll(theirs, 1, axis=-1))
+
+
+def test_winograd_loses_few_digits_of_float32():
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((1, 16, 16, 64)), "float32")
+    kernel = jnp.asarray(rng.standard_normal((3, 3, 64, 8)), "float32")
+    exact = forms.forward(
+        SQUARE._replace(form="convolution"), x.astype(float), kernel.astype(float)
+    )
+    error = abs(np.asarray(forms.forward(SQUARE, x, kernel), float) - np.asarray(exact)).max()
+    assert error < 2e-6 * float(abs(exact).max())
+
+
+def test_many_channels_at_many_pixels_are_filtered_by_winograd():
+    rng = np.random.default_rng(2)
+    x = jnp.asarray(rng.standard_normal((1, 23, 24, 128)))
+    conv = nn.Conv(256, (3, 3), param_dtype=x.dtype)
+    params = conv.init(jax.random.key(0), x)
+    direction = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape)), params)
+
+    def derivative(context):
+        return jax.grad(lambda x: _matching(conv, params, direction, x, context))
+
+    found = derivative(fast_convolutions())
+    jaxpr = jax.make_jaxpr(found)(x).jaxpr
+    assert "conv_general_dilated" not in _operations(jaxpr, [])
+    assert "concatenate" not in _operations(jaxpr, [])  # which patches would need
+    expected = jax.jit(derivative(contextlib.nullcontext()))(x)
+    difference = abs(jax.jit(derivative(fast_convolutions()))(x) - expected).max()
+    assert float(difference) < 1e-11 * float(abs(expected).max())
 
 
 def _operations(jaxpr, found):
@@ -114,17 +186,15 @@ def _operations(jaxpr, found):
     return found
 
 
-def test_vmapped_searches_have_no_convolution_left():
-    net, params, direction, x = _case(WINDOWS["same"])
+@pytest.mark.parametrize(("vmapped", "xlas"), [(True, False), (False, True)])
+def test_vmapped_searches_have_no_convolution_left(vmapped, xlas):
+    net, params, direction, x = _case(WINDOWS["same"], side=(64, 64))
 
-    def gradient(form):
-        def value(x):
-            return _matching(net, params, direction, x, fast_convolutions(**form))
+    def value(x):
+        return _matching(net, params, direction, x, fast_convolutions(vmapped=vmapped))
 
-        return jax.make_jaxpr(jax.grad(value))(x).jaxpr
-
-    assert "conv_general_dilated" not in _operations(gradient(FORMS["patches"]), [])
-    assert "conv_general_dilated" in _operations(gradient(FORMS["convolution"]), [])
+    jaxpr = jax.make_jaxpr(jax.grad(value))(x).jaxpr
+    assert ("conv_general_dilated" in _operations(jaxpr, [])) is xlas
 
 
 def test_outside_nothing_changes():

@@ -37,11 +37,32 @@ class Event:
     states: list[State]
 
 
-def resolve_driver(driver: Driver) -> Literal["python", "scan"]:
-    """``auto``: Python on CPU, where XLA runs convolutions inside a loop slowly; else ``scan``."""
+def resolve_driver(driver: Driver, problem: Problem, state: State) -> Literal["python", "scan"]:
+    """``auto``: ``scan``, but Python on CPU where XLA's convolutions are part of a step.
+
+    Inside a loop of its own XLA runs them slowly there. A step of which all convolutions have
+    become products of matrices is quicker in a loop than called from Python.
+    """
     if driver != "auto":
         return driver
-    return "python" if jax.default_backend() == "cpu" else "scan"
+    if jax.default_backend() != "cpu":
+        return "scan"
+    step = _one_step.trace(problem, state).jaxpr
+    return "python" if _convolves(step.jaxpr) else "scan"
+
+
+def _convolves(jaxpr: Any) -> bool:
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            return True
+        for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value) and _convolves(getattr(value, "jaxpr", value)):
+                return True
+    return False
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
 
 
 def run(
@@ -68,7 +89,8 @@ def run(
     Returns:
       The states.
     """
-    advance = _advance_python if resolve_driver(driver) == "python" else _advance_scan
+    by = resolve_driver(driver, problems[0], states[0])
+    advance = _advance_python if by == "python" else _advance_scan
     settings = problems[0].settings
     done = int(np.asarray(states[0].step).reshape(-1)[0])
     while done < num_steps:
