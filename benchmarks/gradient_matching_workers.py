@@ -44,14 +44,12 @@ class Worker:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self.threads = threads
-        single = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
         own = {}
         if threads:
             own = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
         if script == "ours":
             paths = [str(_HERE.parent), str(_HERE.parent / "kernels"), str(_HERE)]
             own |= {"PYTHONPATH": os.pathsep.join(paths)}
-            own |= {"XLA_FLAGS": single} if threads == 1 else {}
         self._errors: collections.deque[str] = collections.deque(maxlen=20)
         self._process = subprocess.Popen(
             [python, str(_HERE / f"gradient_matching_{script}.py")],
@@ -162,7 +160,7 @@ def rounds(turns: list[Turn], *, repeats: int) -> dict[str, dict[str, Any]]:
 
 
 def _limit_cores(process: int, count: int) -> None:
-    """As many cores as threads, at least 2, on machines with more."""
+    """As many cores as threads, since XLA takes no heed of how many it is told to use."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(process, cores[: max(count, 2)])
+        os.sched_setaffinity(process, cores[:count])
