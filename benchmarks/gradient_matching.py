@@ -44,6 +44,8 @@ class Setup(NamedTuple):
     images: int
     steps: int
     trained: dict[str, Path]
+    only: tuple[str, ...]
+    out: Path | None
     folder: Path
 
     def ours(self, *, threads: int = 2, dtype: str = "float32") -> Worker:
@@ -53,6 +55,13 @@ class Setup(NamedTuple):
             extra |= {"JAX_COMPILATION_CACHE_DIR": str(self.folder / "cache")}
             extra |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         return Worker("ours", threads=threads, environment=extra)
+
+    def write(self, section: str, content: dict[str, Any]) -> None:
+        """Put a section's results into the output folder, with what they were measured on."""
+        assert self.out is not None
+        extra = {"data": Path(self.data).name, "total_variation": TV, "smoke": self.smoke}
+        extra |= {"machine": content.get("machine") or harness.machine()}
+        harness.write_json(self.out / f"gradient_matching_{section}.json", content | extra)
 
     def breaching(self, *, threads: int) -> Worker:
         """A process of the peer's."""
@@ -299,6 +308,7 @@ def main() -> None:
     parser.add_argument(
         "--trained", nargs="*", default=[], metavar="NAME=FOLDER", help="victims (quality)"
     )
+    parser.add_argument("--models", nargs="*", default=[], help="only these (quality)")
     given = parser.parse_args()
     chosen = given.sections or [name for name in sections if given.smoke or name != "device"]
     chosen = ["device"] if given.device else chosen
@@ -313,6 +323,8 @@ def main() -> None:
             given.images,
             given.steps,
             trained,
+            tuple(given.models),
+            given.out,
             Path(folder),
         )
         for name in chosen:
@@ -322,13 +334,10 @@ def main() -> None:
             content |= {
                 "machine": before,
                 "load_average_after": harness.machine()["load_average"],
-                "data": Path(given.data).name,
-                "total_variation": TV,
-                "smoke": given.smoke,
                 "seconds_in_all": time.perf_counter() - begin,
             }
             if given.out is not None:
-                harness.write_json(given.out / f"gradient_matching_{name}.json", content)
+                setup.write(name, content)
     if given.out is not None and not given.smoke:
         draw(given.out)
 
