@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -17,8 +18,10 @@ import numpy as np
 
 from jgia.attacks import gradient_matching as matching
 from jgia.config.performance import PerformanceFlags
-from jgia.data import load_dataset
+from jgia.data import Dataset, load_dataset
+from jgia.models import Victim
 from jgia.observation import Observation
+from jgia.training import load_victim
 
 KEY = 7
 _IMAGES = 512  # of the data set, from its start
@@ -47,22 +50,13 @@ class Problem:
     """An observation, the images behind it, and where searches start."""
 
     def __init__(self, command: dict[str, Any]) -> None:
-        dataset = load_dataset(command["data"], limit=_IMAGES)
+        data, side = command["data"], command.get("side")
+        dataset, client, _ = _dataset(data)
         first, batch = command.get("first", 0), command["batch"]
-        public = np.zeros(len(dataset), bool) if dataset.public is None else dataset.public
-        client = np.flatnonzero(~np.asarray(public))
         self.images, labels = dataset.take(client[first : first + batch])
+        self.images = _enlarged(self.images, side)
         model, self.dtype = command["model"], command.get("dtype", "float32")
-        self.images = _enlarged(self.images, command.get("side"))
-        side = self.images.shape[1]
-        if command.get("trained"):
-            from jgia.training import load_victim  # pyright: ignore[reportMissingImports]
-
-            victim, params = load_victim(Path(command["trained"]))
-        else:
-            pool = np.flatnonzero(public) if np.any(public) else client
-            shown = _enlarged(dataset.take(pool[-64:])[0], command.get("side"))
-            victim, params = cases.untrained(model, shown, side)
+        victim, params = _victim(data, model, command.get("trained"), side)
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
         labels = labels % victim.num_classes
         self.observation = cases.observe(victim, params, self.images, labels)
@@ -74,6 +68,24 @@ class Problem:
         if command.get("path"):
             path = Path(command["path"])
             cases.export(path, self.observation, self.images, self.start[0], model)
+
+
+@functools.cache
+def _dataset(data: str) -> tuple[Dataset, np.ndarray, np.ndarray]:
+    """The data, the rows that are a client's, and 64 others for running statistics."""
+    dataset = load_dataset(data, limit=_IMAGES)
+    public = np.zeros(len(dataset), bool) if dataset.public is None else dataset.public
+    client, shown = np.flatnonzero(~np.asarray(public)), np.flatnonzero(public)
+    return dataset, client, (shown if len(shown) else client)[-64:]
+
+
+@functools.cache
+def _victim(data: str, model: str, trained: str | None, side: int | None) -> tuple[Victim, Any]:
+    if trained is not None:
+        return load_victim(Path(trained))
+    dataset, _, shown = _dataset(data)
+    images = _enlarged(dataset.take(shown)[0], side)
+    return cases.untrained(model, images, images.shape[1])
 
 
 def _enlarged(images: np.ndarray, side: int | None) -> np.ndarray:

@@ -197,6 +197,22 @@ def test_vmapped_searches_have_no_convolution_left(vmapped, xlas):
     assert ("conv_general_dilated" in _operations(jaxpr, [])) is xlas
 
 
+def test_a_convolution_with_an_operation_of_its_own_keeps_it():
+    used = []
+
+    def own(x, kernel, *args, **kwargs):
+        used.append(kernel.shape)
+        return jax.lax.conv_general_dilated(x, kernel, *args, **kwargs)
+
+    x = jnp.ones((1, 4, 4, 1), jnp.float32)
+    conv = nn.Conv(2, (3, 3), conv_general_dilated=own)
+    params = conv.init(jax.random.key(0), x)
+    used.clear()
+    with fast_convolutions():
+        conv.apply(params, x)
+    assert used == [(3, 3, 1, 2)]
+
+
 def test_outside_nothing_changes():
     net, params, _, x = _case(WINDOWS["same"])
     before = str(jax.make_jaxpr(net.apply)(params, x))

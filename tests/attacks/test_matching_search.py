@@ -12,6 +12,7 @@ import pytest
 from jax.test_util import check_grads
 
 from jgia.attacks.gradient_matching import Settings, Variables, loss, make_problem, run, search
+from jgia.attacks.gradient_matching.drive import resolve_driver
 from jgia.attacks.gradient_matching.optimizers import direction, scale_by_adam, schedule
 from jgia.federated import client_update
 from jgia.models import make_victim
@@ -230,3 +231,17 @@ def test_layer_weights_follow_the_depth_of_the_layers():
     problem = _problem(layer_weights="exponential", distance="layer_cosine")
     inputs = VICTIM.normalization.normalize(jnp.asarray(IMAGES))
     assert float(loss(problem, Variables(inputs, None), inputs)[0]) == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("side", "expected"), [(6, "scan"), (128, "python")])
+def test_driver_is_python_on_cpu_only_where_xla_convolves(side, expected):
+    victim = make_victim("lenet", input_shape=(side, side, 1), num_classes=3, widths=(2,))
+    params = victim.init(jax.random.key(0))
+    images = np.full((1, side, side, 1), 0.5)
+    observation = client_update(jax.random.key(1), victim, params, images, np.array([1]))
+    problem = make_problem(observation, np.array([1]), Settings(num_steps=2))
+    state = jax.vmap(search.init, in_axes=(0, None))(
+        jax.random.split(jax.random.key(2), 1), problem
+    )
+    assert resolve_driver("auto", problem, state) == expected
+    assert resolve_driver("scan", problem, state) == "scan"

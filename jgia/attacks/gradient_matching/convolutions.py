@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,11 @@ _SECOND_CACHE = 2**18
 _MANY_CHANNELS = 32
 _MANY_PIXELS = 512
 _LARGE_KERNEL = 2**15  # channels in times channels out
+
+_UNDERSTOOD = {
+    *("features", "kernel_size", "strides", "padding", "use_bias", "dtype", "param_dtype"),
+    *("kernel_init", "bias_init", "parent", "name"),
+}
 
 
 def fast_convolutions(*, vmapped: bool = False) -> contextlib.AbstractContextManager[None]:
@@ -39,8 +45,9 @@ def fast_convolutions(*, vmapped: bool = False) -> contextlib.AbstractContextMan
       vmapped: whether what is traced inside is vmapped over searches.
 
     Edge cases:
-      Grouped, dilated, circular, masked and transposed convolutions, other ranks and mixed
-      precision are left as they are. Reverse mode of any order, not forward mode.
+      Grouped, dilated, circular, masked and transposed convolutions, other ranks, mixed precision
+      and those with operations of their own are left as they are. Reverse mode of any order, not
+      forward mode.
 
     >>> with fast_convolutions():
     ...     y = nn.Conv(2, (3, 3)).apply({"params": params}, images)  # doctest: +SKIP
@@ -70,16 +77,16 @@ def _intercept(
     return y
 
 
-def _plain(module: nn.Conv, x: Array, kernel: Array) -> bool:
+def _plain(module: nn.Conv, x: Array, kernel: Any) -> bool:
+    """Whether nothing but what :class:`Window` holds makes this convolution what it is."""
+    others = (f for f in dataclasses.fields(module) if f.name not in _UNDERSTOOD)
     return (
-        x.ndim == kernel.ndim == 4
+        isinstance(kernel, jax.Array)
+        and x.ndim == kernel.ndim == 4
         and x.dtype == kernel.dtype
         and module.dtype in (None, x.dtype)
-        and module.feature_group_count == 1
-        and _pair(module.input_dilation) == _pair(module.kernel_dilation) == (1, 1)
-        and module.mask is None
-        and module.precision is None
         and module.padding not in ("CIRCULAR", "CAUSAL", "REFLECT")
+        and all(getattr(module, field.name) == field.default for field in others)
     )
 
 
