@@ -8,6 +8,7 @@ from jgia import _checks
 from jgia.attacks.ares.candidates import Candidates, measured_candidates
 from jgia.attacks.ares.first_layer import read_first_layer
 from jgia.attacks.ares.plan import Plan, attackable_layers
+from jgia.attacks.coarseness import coarseness
 from jgia.config import FirstLayer
 from jgia.observation import Observation
 
@@ -53,7 +54,10 @@ def leak(
     g = bias_gradient.astype(np.float64)[plan.order]
     differences = g - np.append(g[1:], 0.0)
     weight_rounding, bias_rounding = _parameter_rounding(observation, plan)
-    gradient_noise = _gradient_noise(differences, noise_std, bias_rounding)
+    coarse = coarseness(weight_gradient)
+    told = float(np.hypot(noise_std, coarse.lost_std(bias_gradient)))
+    gradient_noise = _gradient_noise(differences, told, bias_rounding)
+    weight_noise = max(gradient_noise, float(np.hypot(noise_std, coarse.lost_std(weight_gradient))))
     rounding = 32 * _EPS * float(np.abs(g).max(initial=0.0))
     floor = max(rounding, 4 * np.sqrt(2) * float(np.hypot(gradient_noise, bias_rounding)))
     kept = np.flatnonzero(np.abs(differences) > floor)
@@ -70,7 +74,7 @@ def leak(
         activations[:, chunk] = np.moveaxis(ratio, -1, 0)
 
     typical = np.sqrt(np.mean(activations**2, axis=(1, 2)))
-    noise = _readout_noise(largest, differences[kept], typical, gradient_noise)
+    noise = _readout_noise(largest, differences[kept], typical, weight_noise, gradient_noise)
     noise += np.sqrt(2) * weight_rounding / np.abs(differences[kept])
     scale_error = np.sqrt(2) * bias_rounding / np.abs(differences[kept])
     candidates = measured_candidates(
@@ -148,14 +152,18 @@ def _neighbors(
 
 
 def _readout_noise(
-    largest: np.ndarray, signals: np.ndarray, typical: np.ndarray, gradient_noise: float
+    largest: np.ndarray,
+    signals: np.ndarray,
+    typical: np.ndarray,
+    weight_noise: float,
+    bias_noise: float,
 ) -> np.ndarray:
     """Standard deviation of a candidate's entries, from rounding and from noise.
 
     Rounding of a float32 sum of size G costs about eps * |G| before the division. Noise s on
-    every gradient entry costs ``sqrt(2) s sqrt(1 + h^2) / |signal|`` (first-order propagation
-    through the ratio).
+    every weight's gradient and r on every bias's costs ``sqrt(2) sqrt(s^2 + r^2 h^2) / |signal|``
+    (first-order propagation through the ratio).
     """
     rounding = _EPS * largest
-    added = np.sqrt(2) * gradient_noise * np.sqrt(1 + typical**2)
+    added = np.sqrt(2) * np.hypot(weight_noise, bias_noise * typical)
     return (rounding + added) / np.abs(signals)

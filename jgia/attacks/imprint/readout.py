@@ -7,6 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.typing import ArrayLike
 
+from jgia.attacks.coarseness import coarseness
 from jgia.observation import Observation
 
 _EPS = float(np.finfo(np.float32).eps)
@@ -43,12 +44,12 @@ def read_rows(observation: Observation, layer: str, *, noise_std: float = 0.0) -
       proposition 3.1.
     """
     weights, biases = _gradients(observation, layer)
-    rounding = _parameter_rounding(observation, layer)
-    floor = max(4 * float(np.hypot(noise_std, rounding)), _EPS**2 * _largest(biases))
+    of_weights, of_biases = _noise_stds(observation, layer, noise_std)
+    floor = max(4 * of_biases, _EPS**2 * _largest(biases))
     neurons = np.flatnonzero(np.abs(biases) > floor)
     inputs = weights[:, neurons].T.astype(np.float64) / biases[neurons, None]
     largest = np.abs(weights[:, neurons]).max(axis=0, initial=0.0)
-    noise = _noise(largest, biases[neurons], inputs, noise_std, rounding)
+    noise = _noise(largest, biases[neurons], inputs, of_weights, of_biases)
     return ReadOut(inputs, neurons, noise)
 
 
@@ -71,17 +72,15 @@ def read_bins(observation: Observation, layer: str, *, noise_std: float = 0.0) -
     order = np.argsort(-np.asarray(observation.params[layer]["bias"], np.float64), kind="stable")
     g = biases[order]
     signals = g - np.append(g[1:], 0.0)
-    rounding = _parameter_rounding(observation, layer)
-    added = 4 * np.sqrt(2) * float(np.hypot(noise_std, rounding))
-    kept = np.flatnonzero(np.abs(signals) > max(32 * _EPS * _largest(g), added))
+    of_weights, of_biases = np.sqrt(2) * _noise_stds(observation, layer, noise_std)
+    kept = np.flatnonzero(np.abs(signals) > max(32 * _EPS * _largest(g), 4 * of_biases))
     upper = weights[:, order[kept]].astype(np.float64)
     lower = np.zeros_like(upper)
     inner = kept < len(order) - 1
     lower[:, inner] = weights[:, order[kept[inner] + 1]]
     inputs = ((upper - lower) / signals[kept]).T
     largest = np.abs(upper).max(axis=0, initial=0.0)
-    scale = np.sqrt(2)
-    noise = _noise(largest, signals[kept], inputs, scale * noise_std, scale * rounding)
+    noise = _noise(largest, signals[kept], inputs, of_weights, of_biases)
     return ReadOut(inputs, order[kept], noise)
 
 
@@ -107,12 +106,24 @@ def _parameter_rounding(observation: Observation, layer: str) -> float:
     return _EPS * largest * float(np.sqrt((observation.threat_model.local_steps or 1) / 12))
 
 
+def _noise_stds(observation: Observation, layer: str, told: float) -> np.ndarray:
+    """Of weight and bias gradients: noise that is known, and precision that visibly was lost."""
+    weights, biases = _gradients(observation, layer)
+    rounding, coarse = _parameter_rounding(observation, layer), coarseness(weights)
+    lost = np.array([coarse.lost_std(weights), coarse.lost_std(biases)])
+    return np.hypot(lost, np.hypot(told, rounding))
+
+
 def _noise(
-    largest: np.ndarray, signals: np.ndarray, inputs: np.ndarray, noise_std: float, rounding: float
+    largest: np.ndarray,
+    signals: np.ndarray,
+    inputs: np.ndarray,
+    of_weights: float,
+    of_biases: float,
 ) -> np.ndarray:
     """First-order error of a ratio: rounding of its sums, and noise on both its parts."""
-    typical = np.sqrt(1 + np.mean(inputs**2, axis=1)) if len(inputs) else np.zeros(0)
-    added = float(np.hypot(noise_std, rounding)) * typical
+    typical = np.sqrt(np.mean(inputs**2, axis=1)) if len(inputs) else np.zeros(0)
+    added = np.hypot(of_weights, of_biases * typical)
     return (_EPS * largest + added) / np.abs(signals)
 
 
