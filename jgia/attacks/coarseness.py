@@ -36,11 +36,12 @@ class Coarseness:
         Args:
           values: any shape; an array of the update that was looked at.
         """
-        sizes = np.abs(np.asarray(values, np.float64))
-        if not sizes.size:
-            return 0.0
-        step = 0.0 if self.levels is None else float(sizes.max()) / self.levels
-        dropped = self.threshold * np.sqrt(np.mean(sizes == 0))
+        values = np.asarray(values)
+        step = dropped = 0.0
+        if self.levels is not None:
+            step = float(np.abs(values).max(initial=0.0)) / self.levels
+        if self.threshold and values.size:
+            dropped = self.threshold * float(np.sqrt(np.mean(values == 0)))
         return float(np.hypot(step / np.sqrt(6), dropped / np.sqrt(3)))
 
 
@@ -60,7 +61,7 @@ def coarseness(values: np.ndarray) -> Coarseness:
     """
     sizes = np.abs(np.asarray(values))
     sizes = sizes.reshape(-1, sizes.shape[-1])
-    present = sizes[sizes > 0].astype(np.float64)
+    present = sizes[sizes > 0]
     if present.size < _FEWEST:
         return Coarseness(None, 0.0)
     levels = _grid(present)
@@ -71,8 +72,8 @@ def coarseness(values: np.ndarray) -> Coarseness:
 
 
 def _grid(sizes: np.ndarray) -> int | None:
-    top = sizes.max()
-    some = sizes[:: max(1, sizes.size // _SAMPLE)]
+    top = float(sizes.max())
+    some = sizes[:: max(1, sizes.size // _SAMPLE)].astype(np.float64)
     for bits in range(2, _MOST_BITS + 1):
         levels = 2 ** (bits - 1) - 1
         places = some / top * levels
