@@ -108,7 +108,7 @@ def _matching_case(method: str) -> AttackCase:
     )
 
 
-NOT_ATTACKS = frozenset({"labels"})
+NOT_ATTACKS = frozenset({"coarseness", "labels"})
 """Modules of ``jgia.attacks`` that return no images: they have tests of their own."""
 
 CASES = (
