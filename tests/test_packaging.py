@@ -30,7 +30,9 @@ ALLOWED = {
     "defenses": BASE | {"models"},
     "federated": BASE | {"models", "observation", "defenses"},
     "sparse": {"_checks"},
-    "attacks": BASE | {"models", "observation", "sparse"},
+    "replay": {"models", "observation"},
+    "attacks": BASE | {"models", "observation", "replay", "sparse"},
+    "risk": BASE | {"models", "observation", "replay"},
     "metrics": {"_checks"},
     "report": {"_checks", "_io"},
     "training": BASE | {"_io", "data", "federated", "models"},
@@ -38,6 +40,7 @@ ALLOWED = {
     "audit": None,  # the composition sees everything but the command line
     "exchange": None,
     "train_command": None,
+    "risk_command": None,
     "sweep": None,
     "inspect": BASE | {"models", "federated", "defenses"},
     "cli": None,

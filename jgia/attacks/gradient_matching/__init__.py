@@ -13,7 +13,7 @@ from jgia.attacks.gradient_matching.drive import Event, run
 from jgia.attacks.gradient_matching.objective import Problem, Variables, loss, make_problem
 from jgia.attacks.gradient_matching.search import Info, State
 from jgia.attacks.gradient_matching.settings import Settings, settings
-from jgia.attacks.gradient_matching.simulate import simulated_update
+from jgia.replay import simulated_update
 
 __all__ = [
     "CheckpointError",

@@ -12,12 +12,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jgia.attacks.gradient_matching import priors
-from jgia.attacks.gradient_matching.convolutions import fast_convolutions
 from jgia.attacks.gradient_matching.distances import distance, layer_names, layer_weights
 from jgia.attacks.gradient_matching.settings import Settings
-from jgia.attacks.gradient_matching.simulate import minibatches, replayed, simulated_update
 from jgia.models import Pool, Victim
+from jgia.models.convolutions import fast_convolutions
 from jgia.observation import Observation, ThreatModel
+from jgia.replay import minibatches, replayed, simulated_update
 
 PyTree = Any
 
