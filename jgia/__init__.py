@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jgia.config import RunOptions as RunOptions
     from jgia.config import TrainOptions as TrainOptions
     from jgia.config.imprint import ImprintOptions as ImprintOptions
+    from jgia.config.risk import RiskConfig as RiskConfig
     from jgia.data import Dataset as Dataset
     from jgia.data import load_dataset as load_dataset
     from jgia.defenses import detect_crafted as detect_crafted
@@ -48,6 +49,12 @@ if TYPE_CHECKING:
     from jgia.observation import Truth as Truth
     from jgia.observation import restrict as restrict
     from jgia.report import write_report as write_report
+    from jgia.risk import EmbeddingRelease as EmbeddingRelease
+    from jgia.risk import Prior as Prior
+    from jgia.risk import RiskSettings as RiskSettings
+    from jgia.risk import UpdateRelease as UpdateRelease
+    from jgia.risk import invre as invre
+    from jgia.risk_command import run_risk as run_risk
     from jgia.sweep import run_sweep as run_sweep
     from jgia.training import load_victim as load_victim
     from jgia.training import train_victim as train_victim
@@ -62,6 +69,7 @@ _EXPORTS = {
     "DataConfig": "jgia.config",
     "Dataset": "jgia.data",
     "DefenseConfig": "jgia.config",
+    "EmbeddingRelease": "jgia.risk",
     "ImprintOptions": "jgia.config.imprint",
     "KnowledgeConfig": "jgia.config",
     "MatchingOptions": "jgia.config",
@@ -69,17 +77,22 @@ _EXPORTS = {
     "Normalization": "jgia.normalization",
     "Observation": "jgia.observation",
     "PerformanceFlags": "jgia.config",
+    "Prior": "jgia.risk",
     "Reconstruction": "jgia.observation",
+    "RiskConfig": "jgia.config.risk",
+    "RiskSettings": "jgia.risk",
     "RunOptions": "jgia.config",
     "Status": "jgia.observation",
     "ThreatModel": "jgia.observation",
     "TrainOptions": "jgia.config",
     "Truth": "jgia.observation",
+    "UpdateRelease": "jgia.risk",
     "Victim": "jgia.models",
     "client_update": "jgia.federated",
     "infer_labels": "jgia.attacks.labels",
     "detect_crafted": "jgia.defenses",
     "inspect_parameters": "jgia.inspect",
+    "invre": "jgia.risk",
     "load_dataset": "jgia.data",
     "load_update": "jgia.federated",
     "load_victim": "jgia.training",
@@ -87,6 +100,7 @@ _EXPORTS = {
     "make_victim": "jgia.models",
     "restrict": "jgia.observation",
     "run_audit": "jgia.audit",
+    "run_risk": "jgia.risk_command",
     "run_sweep": "jgia.sweep",
     "save_update": "jgia.federated",
     "score": "jgia.metrics",

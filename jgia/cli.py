@@ -1,4 +1,4 @@
-"""The command line: ``jgia audit``, ``craft``, ``attack``, ``train-victim`` and the others."""
+"""The command line: ``jgia audit``, ``risk``, ``craft``, ``attack`` and the others."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import tyro
 from jgia._io import require_writable_folder
 from jgia._progress import StageProgress
 from jgia.config import AttackConfig, AuditConfig, CraftConfig
+from jgia.config.risk import RiskConfig
 from jgia.config.training import TrainConfig
 
 if TYPE_CHECKING:
@@ -70,6 +71,18 @@ class Attack:
     """
 
     config: AttackConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Risk:
+    """Estimate, without attacking, how much of each image one shared update gives away.
+
+    From the singular values of the update's Jacobian: the smallest error that any attack can have,
+    as a score from 0 (nothing leaks) to 1, per image, pixel and layer. Writes risk.json, risk.npz
+    and figures.
+    """
+
+    config: RiskConfig = dataclasses.field(default_factory=RiskConfig)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -128,6 +141,7 @@ _Command = (
     Annotated[Audit, tyro.conf.subcommand("audit")]
     | Annotated[Craft, tyro.conf.subcommand("craft")]
     | Annotated[Attack, tyro.conf.subcommand("attack")]
+    | Annotated[Risk, tyro.conf.subcommand("risk")]
     | Annotated[TrainVictim, tyro.conf.subcommand("train-victim")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
@@ -204,6 +218,8 @@ def _run(command: Any, argv: list[str]) -> int:
         return _audit(command, argv, console)
     if isinstance(command, Craft):
         return _craft(command.config, console)
+    if isinstance(command, Risk):
+        return _risk(command.config, argv, console)
     if isinstance(command, TrainVictim):
         return _train_victim(command.config, argv, console)
     if isinstance(command, Sweep):
@@ -259,6 +275,25 @@ def _attack(config: AttackConfig, argv: list[str], console: Console) -> int:
         outcome = attack_update(config, command=reproduce_command(argv), progress=progress.update)
         paths = _write(config.out, outcome)
     _show(outcome, paths, as_json=config.json)
+    return 0
+
+
+def _risk(config: RiskConfig, argv: list[str], console: Console) -> int:
+    require_writable_folder(config.out)
+    from jgia.audit import reproduce_command
+    from jgia.risk_command import run_risk, write_risk
+
+    with StageProgress(console) as progress:
+        outcome = run_risk(config, command=reproduce_command(argv), progress=progress.update)
+        paths = write_risk(outcome, config)
+    if config.json:
+        print(json.dumps(outcome.result, indent=2))
+        return 0
+    from rich.console import Console
+
+    from jgia.report.console import print_risk
+
+    print_risk(Console(), outcome.result, paths)
     return 0
 
 

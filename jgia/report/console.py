@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,55 @@ def print_summary(
     )
     if paths and "report.html" in paths:
         console.print(Text(f"Report: {paths['report.html']}"), soft_wrap=True)
+
+
+def print_risk(console: Console, result: Mapping[str, Any], paths: Sequence[Path]) -> None:
+    """Print a risk estimate: one row for each input, and where the files are.
+
+    Args:
+      console: where to print.
+      result: the content of ``risk.json``.
+      paths: files that were written.
+    """
+    risk, prior = result["risk"], result["prior"]
+    console.print(
+        Text(
+            f"Risk {risk['mean']:.3f} on average, {risk['worst']:.3f} at worst, of "
+            f"{risk['count']} inputs: the part of an image's variance that any attack can learn.",
+            style="bold",
+        )
+    )
+    console.print(
+        Text(
+            f"{result['release']['num_outputs']:,} shared numbers of "
+            f"{result['release']['num_inputs']:,} pixels, noise {result['noise_std']:g}, "
+            f"{prior['kind'].replace('_', ' ')} prior (pixel std {prior['pixel_std']:.3f}); route "
+            f"{result['route']['route']}: {result['route']['reason']}."
+        )
+    )
+    table = Table("input")
+    columns = ("label", "risk", "PSNR", "≥ 25 dB", "dimensions", "nats", "linear")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for index, row in enumerate(result["inputs"]):
+        ratio = row["diagnostics"]["linearization_ratio"]
+        table.add_row(
+            str(index),
+            ", ".join(map(str, row["labels"][:4])),
+            f"{row['risk']:.3f}",
+            words.decibel(row["predicted_psnr"]),
+            words.percent(row["success_rates"]["25"]),
+            f"{row['dimensions']:.0f}",
+            f"{row['information']:.0f}",
+            "–" if ratio is None else ("yes" if ratio < 0.3 else f"no ({ratio:.2g})"),
+        )
+    console.print(table)
+    if any(not row["diagnostics"]["squared_safely"] for row in result["inputs"]):
+        console.print(
+            Text("The route squares singular values that the noise does not hide: use --route qr.")
+        )
+    for path in paths:
+        console.print(Text(str(path)), soft_wrap=True)
 
 
 def _score_table(result: Mapping[str, Any]) -> Table:

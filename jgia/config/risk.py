@@ -1,0 +1,104 @@
+"""What ``jgia risk`` takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal, get_args
+
+from jgia import _checks
+from jgia.config.client import ClientConfig
+from jgia.config.data import DataConfig
+from jgia.config.model import ModelConfig
+
+PriorName = Literal["gaussian", "isotropic", "low_rank"]
+RouteName = Literal["auto", "svd", "qr", "rows", "gram", "structured"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RiskConfig:
+    """One risk estimate: whose images, which model, what is shared, under how much noise."""
+
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(model="lenet"))
+    client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
+
+    trained: Path | None = None
+    """Parameters of honest training: a folder written by `jgia train-victim`, instead of `--model`
+    with random ones; `--batch-norm` may change its mode."""
+
+    images: int = 4
+    """Images to estimate."""
+
+    together: int = 1
+    """Images behind each update; their number divides `--images`."""
+
+    noise_std: float = 1e-3
+    """Standard deviation of the noise on every shared entry, in absolute terms: a defense's, or
+    what rounding leaves without one."""
+
+    clip_norm: float | None = None
+    """The client clips what it shares to this Euclidean norm."""
+
+    prior: PriorName = "gaussian"
+    """What the attacker expects of an image, from the public ones: their mean and covariance
+    (`gaussian`), their mean variance alone (`isotropic`), or leading principal components
+    (`low_rank`, for images of many pixels)."""
+
+    prior_rank: int = 64
+    """Components of a low-rank prior."""
+
+    shrinkage: float = 1e-3
+    """Share of the identity in a Gaussian prior's covariance."""
+
+    labels_known: bool = True
+    """Give the attacker the labels; otherwise they have to be estimated with the images."""
+
+    visible_layers: tuple[str, ...] | None = None
+    """Layers whose update it holds; all of them when left out."""
+
+    embedding: str | None = None
+    """Share this layer's output instead of an update, as in vertical or split learning."""
+
+    route: RouteName = "auto"
+    """How the spectrum is computed: `svd`, `qr` (every digit kept), `rows`, `gram`, `structured`
+    (squared: quicker), or by what fits."""
+
+    per_layer: bool = True
+    """Also score every layer alone."""
+
+    spectrum: bool | None = None
+    """Also singular values; of up to 1,024 pixels when left out."""
+
+    chunk_size: int = 64
+    """Directions that are pushed through the model at a time."""
+
+    memory_gib: float = 2.0
+    """Memory that the route may take."""
+
+    seed: int = 0
+    """Decides the images, random parameters and Monte Carlo draws."""
+
+    out: Path = Path("jgia-risk")
+    """Folder for risk.json, risk.npz and figures."""
+
+    json: bool = False
+    """Print risk.json instead of the table."""
+
+    def __post_init__(self) -> None:
+        _checks.at_least(1, images=self.images, together=self.together, chunk_size=self.chunk_size)
+        _checks.positive(noise_std=self.noise_std, memory_gib=self.memory_gib)
+        _checks.fraction(shrinkage=self.shrinkage)
+        _checks.one_of(get_args(PriorName), prior=self.prior)
+        _checks.one_of(get_args(RouteName), route=self.route)
+        if self.images % self.together:
+            raise ValueError(
+                f"together={self.together} must divide images={self.images}: every update covers "
+                "the same number of them."
+            )
+        if self.embedding is not None and (
+            self.clip_norm is not None or self.visible_layers is not None
+        ):
+            raise ValueError("an embedding has no clip_norm and no visible_layers; leave them out.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2^32 - 1, got {self.seed}.")
