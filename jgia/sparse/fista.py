@@ -236,7 +236,7 @@ def _check(
     tolerance: float,
 ) -> _Progress:
     eps = float(jnp.finfo(state.c.dtype).eps)
-    objective, gap, correlation = certify(problem, state.c, state.u)
+    objective, gap, correlation, _ = certify(problem, state.c, state.u)
     free = problem.lam == 0
     error = jnp.where(free, correlation / nonzero(largest), gap / nonzero(objective))
     # Rounding of the measurements perturbs every correlation by about eps lam_max.

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from jgia import _checks
 from jgia.sparse.admm import AdmmOptions, admm_lasso
 from jgia.sparse.bases import Basis
+from jgia.sparse.conjugate import conjugate
 from jgia.sparse.fista import FistaOptions, Solution, fista
 from jgia.sparse.implicit import Parameters, Static, differentiable, problem_of
 from jgia.sparse.operators import Domain, LinearOperator, Range
@@ -71,7 +72,7 @@ def lasso(
     weights: Domain | None = None,
     basis: Basis | None = None,
     one_sided: bool = False,
-    solver: Literal["fista", "admm", "jaxopt"] = "fista",
+    solver: Literal["conjugate", "fista", "admm", "jaxopt"] = "conjugate",
     init: Domain | None = None,
     options: FistaOptions | AdmmOptions | None = None,
 ) -> LassoResult:
@@ -145,7 +146,7 @@ def lasso(
       Q. Bertrand et al., "Implicit differentiation for fast hyperparameter selection in
         non-smooth convex learning" (2021, arXiv 2105.01637), theorem 9.
     """
-    _checks.one_of(("fista", "admm", "jaxopt"), solver=solver)
+    _checks.one_of(("conjugate", "fista", "admm", "jaxopt"), solver=solver)
     expected = AdmmOptions if solver == "admm" else FistaOptions
     options = expected() if options is None else options
     if not isinstance(options, expected):
@@ -160,8 +161,10 @@ def lasso(
         solution = admm_lasso(problem, dense, first, options)
     elif solver == "jaxopt":
         solution = proximal_lasso(problem, first, options)
-    else:
+    elif solver == "fista":
         solution = fista(problem, first, prepared.correlation, options)
+    else:
+        solution = conjugate(problem, first, prepared.correlation, options)
     return finish(prepared, solution)
 
 

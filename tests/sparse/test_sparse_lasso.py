@@ -125,13 +125,13 @@ def test_the_identity_is_a_soft_threshold(dtype):
 def test_every_gap_bounds_the_distance_to_the_minimum_and_rejects_a_wrong_answer():
     problem = _problem(4)
     best = np.asarray(_solve(*problem, one_sided=True).objective)
-    for steps in (1, 50):
+    for steps in (1, 12):
         options = FistaOptions(max_iterations=steps, tolerance=1e-13)
         result = _solve(*problem, one_sided=True, options=options)
         excess = np.asarray(result.objective) - best
         assert np.all(np.asarray(result.duality_gap) >= excess - 1e-13 * best)
         assert np.all(excess[np.asarray(result.duality_gap) > 0.1 * best] > 0)
-    np.testing.assert_array_equal(result.iterations, 50)
+    np.testing.assert_array_equal(result.iterations, 12)
     # A minimizer of another lam, or a scaled one, is told apart by the gap at that point.
     stay = FistaOptions(max_iterations=1, check_every=1, tolerance=1e3)
     solve = jax.jit(
