@@ -66,6 +66,10 @@ def conjugate(
     enter and leave. A direction that does not descend is replaced by that of the proximal
     gradient step, which always does, so that the objective falls in every step at fixed lam.
 
+    A best step shorter than the proximal one leaves coefficients that were to vanish at a fraction
+    of what they were. A sample ends only once those are exactly zero, if need be by a proximal
+    gradient step at the end.
+
     A step costs one product with A and one with its adjoint, and the gradient it ends with is the
     one at its own point: the duality gap comes without a product and is looked at in every step.
     When half of the samples are done the rest go on in arrays of half the width, and so on, since
@@ -80,11 +84,16 @@ def conjugate(
 
     References:
       M. Hestenes and E. Stiefel, "Methods of conjugate gradients for solving linear systems"
-        (J. Res. NBS 49, 1952), equation 3:1b, the coefficient b as a quotient that does not
-        need exact earlier steps.
+        (J. Res. NBS 49, 1952), section 3: the second form of b, which makes the new direction
+        conjugate to the last one even where earlier steps were not exact.
       S. Wright, R. Nowak and M. Figueiredo, "Sparse reconstruction by separable approximation"
-        (IEEE Trans. Signal Process. 57, 2009), equations 7 and 22: the proximal step whose
-        length is one over the curvature along the last one; its continuation in lam.
+        (IEEE Trans. Signal Process. 57, 2009), section II: the proximal step whose length is one
+        over the curvature along the last one, and continuation in lam.
+
+    Departures:
+      Their conjugate gradients know no penalty and their proximal steps no conjugacy; putting one
+      into the other is ours, and so is the fallback. Convergence is therefore not taken from
+      either but judged by the gap.
     """
     tolerance = options.tolerance or default_tolerance(problem.data.dtype)
     largest = jnp.max(correlation / problem.weights, axis=0, keepdims=True)
@@ -175,16 +184,19 @@ def _start(problem: Problem, init: Array | None, correlation: Array) -> _State:
 
 def _step(problem: Problem, state: _State, lam: Array, tolerance: float) -> _State:
     eps = float(jnp.finfo(lam.dtype).eps)
-    c, g, length, penalty = state.c, state.g, state.length, lam * problem.weights
+    c, g, penalty = state.c, state.g, lam * problem.weights
+    # Where only zeros are missing, a proximal gradient step, short enough to be taken in full.
+    closing = state.error <= tolerance
+    length = jnp.where(closing, state.length / 2, state.length)
 
     def towards(point: Array) -> Array:
         return soft_threshold(point, length * penalty) - c
 
     ahead = c + length * g
     plain = towards(ahead)
-    # The share that makes the direction conjugate to the last one (Hestenes and Stiefel, 3:1b).
+    # The share that makes the direction conjugate to the last one (Hestenes and Stiefel, section 3).
     share = jnp.maximum(-total(plain * state.bent), 0) / nonzero(state.curved)
-    d = towards(ahead + jnp.where(state.curved > 0, share, 0) * state.last)
+    d = towards(ahead + jnp.where((state.curved > 0) & ~closing, share, 0) * state.last)
     # Term by term, since the sums are large and nearly cancel.
     change = penalty * (jnp.abs(c + d) - jnp.abs(c)) - g * d
     down = total(jnp.where(d == 0, 0, change))  # the selection keeps XLA from a slow fusion on CPU
@@ -199,8 +211,7 @@ def _step(problem: Problem, state: _State, lam: Array, tolerance: float) -> _Sta
     first = 1 / jnp.minimum(jnp.max(falls, axis=0, keepdims=True), 1)
     first = jnp.where(first > 0, first, jnp.inf)
     step, curvature = _best_step(problem, state.u, q, down, first)
-    enough = jnp.where(state.error <= tolerance, _LAST, _WHOLE)
-    step = jnp.where((first <= 1) & (step > enough), 1, step)
+    step = jnp.where((first <= 1) & (step > jnp.where(closing, _LAST, _WHOLE)), 1, step)
     step = jnp.where(state.done, 0, step)
     moved = c + step * d
     u = state.u + step * q

@@ -28,13 +28,14 @@ _PATIENCE = 10  # checks without progress, at the rounding floor, before a sampl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FistaOptions:
-    """When to stop; static under ``jit``.
+    """When to stop, for every solver but ADMM; static under ``jit``.
 
     Attributes:
       tolerance: largest duality gap relative to the objective at which a sample counts as
         solved; 1e-4 in float32 and 1e-9 in float64 when left out.
       max_iterations: at most so many steps.
-      check_every: steps between two evaluations of the gap, each half a step's work.
+      check_every: steps of FISTA between two evaluations of the gap, each half a step's work;
+        conjugate gradients know it after every step.
     """
 
     tolerance: float | None = None

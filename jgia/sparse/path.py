@@ -10,7 +10,8 @@ from jaxtyping import Bool, Float
 
 from jgia import _checks
 from jgia.sparse.bases import Basis
-from jgia.sparse.fista import FistaOptions, fista
+from jgia.sparse.conjugate import conjugate
+from jgia.sparse.fista import FistaOptions
 from jgia.sparse.lasso import LassoResult, finish, prepare
 from jgia.sparse.operators import Domain, LinearOperator, Range
 
@@ -63,7 +64,7 @@ def lasso_path(
             parameters=relative.parameters._replace(lam=lam),
             problem=relative.problem._replace(lam=lax.stop_gradient(lam)),
         )
-        solution = fista(prepared.problem, c, prepared.correlation, options)
+        solution = conjugate(prepared.problem, c, prepared.correlation, options)
         return solution.c, finish(prepared, solution)
 
     start = jnp.zeros_like(lax.stop_gradient(relative.correlation))
