@@ -23,7 +23,7 @@ from jgia.sparse.problem import (
 _CONTINUATION, _CONTINUATION_STEPS = 0.4, 40
 _PATIENCE = 50  # steps without progress, at the rounding floor, before a sample is given up
 _REFRESH = 64  # steps between two products that replace the updated measurements
-_NARROWEST = 16  # every width is compiled, and narrower ones would save little
+_NARROWEST = 8  # narrower products are hardly faster, and every width is compiled
 # A best step as long as this is taken in full if coefficients vanish at its end: usually, and
 # where only those are missing.
 _WHOLE, _LAST = 0.9, 0.5
@@ -194,7 +194,7 @@ def _step(problem: Problem, state: _State, lam: Array, tolerance: float) -> _Sta
 
     ahead = c + length * g
     plain = towards(ahead)
-    # The share that makes the direction conjugate to the last one (Hestenes and Stiefel, section 3).
+    # The share that makes it conjugate to the last one (Hestenes and Stiefel, section 3).
     share = jnp.maximum(-total(plain * state.bent), 0) / nonzero(state.curved)
     d = towards(ahead + jnp.where((state.curved > 0) & ~closing, share, 0) * state.last)
     # Term by term, since the sums are large and nearly cancel.
