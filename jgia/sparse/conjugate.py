@@ -82,6 +82,10 @@ def conjugate(
       correlation: (n, J) ``|Psi^T A^T y|``.
       options: when to stop; ``check_every`` is not needed.
 
+    Returns:
+      Columns and certificates as from :func:`jgia.sparse.fista.fista`. In a batch of 16 or more
+      rounding, and so the last digits, depend on which samples finish together.
+
     References:
       M. Hestenes and E. Stiefel, "Methods of conjugate gradients for solving linear systems"
         (J. Res. NBS 49, 1952), section 3: the second form of b, which makes the new direction

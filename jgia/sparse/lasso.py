@@ -94,7 +94,7 @@ def lasso(
       basis: orthonormal synthesis basis Psi of the domain; the identity when left out.
       one_sided: also ask ``(A x)_i <= 0`` outside the mask, as the squared hinge above.
       solver: ``"conjugate"``, proximal conjugate gradients; ``"fista"``, accelerated proximal
-        gradient, with half to two thirds of the speed; ``"admm"``, alternating directions with
+        gradient, which needs more steps; ``"admm"``, alternating directions with
         one factorization for all samples, for few samples and ill-conditioned matrices; or
         ``"jaxopt"``, the reference (:func:`jgia.sparse.proximal_gradient`).
       init: (*coefficients, J) where to start. Without it lam falls from ``lam_max`` by a factor

@@ -1,6 +1,7 @@
 """Proximal conjugate gradients: wide batches that narrow, against referees in float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ def _solve(a, y, lam, mask=None, weights=None, init=None, *, one_sided=False, op
     )
 
 
-def _problem(seed=0, dtype=np.float64, share=0.7):
+def _problem(seed=0, dtype: Any = np.float64, share=0.7) -> tuple[Any, ...]:
     """Right-hand sides whose l1 weights differ 300-fold, so that some need many more steps."""
     rng = np.random.default_rng(seed)
     a, y = rng.standard_normal((M, N)), rng.standard_normal((M, J))
@@ -42,7 +43,7 @@ def _problem(seed=0, dtype=np.float64, share=0.7):
     return *arrays, jnp.asarray(mask), jnp.asarray(weights, dtype)
 
 
-def _referee(c, a, y, lam, mask=1, weights=1, *, one_sided=False):
+def _referee(c, a, y, lam, mask: Any = 1, weights: Any = 1, *, one_sided=False):
     """Objective and duality gap of every sample, from their definitions."""
     c, a, y, lam, mask, weights = (np.asarray(v, np.float64) for v in (c, a, y, lam, mask, weights))
     u = a @ c
