@@ -8,27 +8,34 @@ from typing import Literal
 from jgia import _checks
 
 DefenseName = Literal[
+    "adaptive_scale",
     "augment",
     "clip",
     "dp_sgd",
     "dropout",
     "gaussian",
+    "input_noise",
     "laplace",
     "quantize",
     "quantize_stochastic",
+    "shaped",
     "top_k",
 ]
 AugmentationName = Literal["crop", "flip", "rotate", "brightness", "contrast", "solarize"]
 SparsityScope = Literal["global", "layer"]
+NoiseShape = Literal["water_filling", "uniform"]
 
 ON_SHARED = ("clip", "gaussian", "laplace", "quantize", "quantize_stochastic", "top_k")
 """Defenses that transform what is shared; the others act while a gradient is computed."""
 
-_NAMES = ("augment", "dp_sgd", "dropout", *ON_SHARED)
+ADAPTIVE = ("adaptive_scale", "input_noise", "shaped")
+"""Defenses that adapt noise to a gradient as a function of its batch; FedSGD alone has that."""
+
+_NAMES = ("augment", "dp_sgd", "dropout", *ADAPTIVE, *ON_SHARED)
 _READERS: dict[str, tuple[str, ...]] = {
     "noise_std": ("gaussian", "laplace"),
     "noise_relative": ("gaussian", "laplace"),
-    "noise_known": ("gaussian", "laplace", "dp_sgd"),
+    "noise_known": ("gaussian", "laplace", "dp_sgd", "adaptive_scale", "shaped"),
     "clip_norm": ("clip", "dp_sgd"),
     "noise_multiplier": ("dp_sgd",),
     "num_bits": ("quantize", "quantize_stochastic"),
@@ -39,6 +46,10 @@ _READERS: dict[str, tuple[str, ...]] = {
     "augmentations": ("augment",),
     "crop_padding": ("augment",),
     "jitter": ("augment",),
+    "target_error": ADAPTIVE,
+    "prior_std": ADAPTIVE,
+    "noise_shape": ("shaped",),
+    "noise_floor": ("shaped",),
 }
 
 
@@ -48,9 +59,11 @@ class DefenseConfig:
 
     defense: tuple[DefenseName, ...] = ()
     """None when left out. `augment` changes the images, `dropout` masks the representation,
-    `dp_sgd` clips per example and adds noise: in every local gradient. `clip`, `gaussian`,
-    `laplace`, `quantize`, `quantize_stochastic` and `top_k` change what is shared, once, in the
-    order given."""
+    `dp_sgd` clips per example and adds noise: in every local gradient. `adaptive_scale`, `shaped`
+    and `input_noise` add noise of the size that leaves the best attack `target_error`, to the
+    gradient of FedSGD or to its images; one of them at most, and not with `dp_sgd`. `clip`,
+    `gaussian`, `laplace`, `quantize`, `quantize_stochastic` and `top_k` change what is shared,
+    once, in the order given."""
 
     noise_std: float = 1e-3
     """Standard deviation of `gaussian` or `laplace` noise on every shared entry (a Laplace scale
@@ -93,13 +106,41 @@ class DefenseConfig:
     jitter: float = 0.2
     """Largest change of `brightness` (added) and `contrast` (relative)."""
 
+    target_error: float = 0.5
+    """Mean squared error that `adaptive_scale`, `shaped` and `input_noise` aim to leave the best
+    attack, as a share of the prior's variance, in (0, 1). Linearized but for `input_noise`, an
+    average, and no differential privacy."""
+
+    prior_std: float = 0.25
+    """Standard deviation of a pixel that these take an attacker to know beforehand; a public
+    figure, not measured on the client's images."""
+
+    noise_shape: NoiseShape = "water_filling"
+    """`shaped`: least energy for the target (`water_filling`), or equal noise on all pixel
+    directions (`uniform`)."""
+
+    noise_floor: float = 0.1
+    """`shaped`: energy of the isotropic part over that of the shaped part; without any, the
+    noise can be removed."""
+
     def __post_init__(self) -> None:
         for name in self.defense:
             _checks.one_of(_NAMES, defense=name)
         if len(set(self.defense)) != len(self.defense):
             raise ValueError(f"each defense may be named once, got {' '.join(self.defense)}.")
-        _checks.non_negative(noise_std=self.noise_std, noise_multiplier=self.noise_multiplier)
-        _checks.positive(clip_norm=self.clip_norm)
+        alone = [name for name in self.defense if name in (*ADAPTIVE, "dp_sgd")]
+        if len(alone) > 1:
+            raise ValueError(
+                f"{' and '.join(alone)} each replace the gradient's noise; name one of them."
+            )
+        _checks.non_negative(
+            noise_std=self.noise_std,
+            noise_multiplier=self.noise_multiplier,
+            noise_floor=self.noise_floor,
+        )
+        _checks.positive(clip_norm=self.clip_norm, prior_std=self.prior_std)
+        _checks.fraction(target_error=self.target_error)
+        _checks.one_of(("water_filling", "uniform"), noise_shape=self.noise_shape)
         _checks.one_of(("global", "layer"), sparsity_scope=self.sparsity_scope)
         _checks.at_least(0, crop_padding=self.crop_padding)
         if not 2 <= self.num_bits <= 32:
@@ -154,6 +195,7 @@ _ALWAYS = (
     "keep_fraction",
     "dropout_rate",
     "augmentations",
+    "target_error",
 )
 
 

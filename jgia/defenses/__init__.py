@@ -5,10 +5,17 @@ composes them; :class:`Defense` puts them and those that act on images, activati
 examples together for :func:`jgia.federated.client_update`.
 """
 
+from jgia.defenses._adaptive_gradient import AdaptiveStats
 from jgia.defenses._noise import NoiseState
 from jgia.defenses.accounting import dp_sgd_epsilon, gaussian_delta, gaussian_epsilon
+from jgia.defenses.adaptive_scale import (
+    adaptive_scale_noise,
+    layer_scales_for_target,
+    scale_for_target,
+)
 from jgia.defenses.augmentation import augment
 from jgia.defenses.clipping import ClipState, clip_update
+from jgia.defenses.coordinate import CoordinateNoise, coordinate_noise
 from jgia.defenses.defense import Defense, declared_noise_std, make_defense
 from jgia.defenses.detector import THRESHOLDS, DetectionReport, detect_crafted
 from jgia.defenses.dp_sgd import DpSgdStats, dp_sgd_gradient, dp_sgd_noise_std
@@ -21,21 +28,35 @@ from jgia.defenses.quantization import (
     quantize_nearest,
     quantize_stochastic,
 )
+from jgia.defenses.shaped import (
+    ShapedNoise,
+    ShapedNoiseState,
+    input_noise,
+    shaped_noise,
+    shaped_noise_transformation,
+)
+from jgia.defenses.soteria import soteria, soteria_scores
 from jgia.defenses.sparsification import SparsityState, keep_top_k
 
 __all__ = [
     "THRESHOLDS",
+    "AdaptiveStats",
     "ClipState",
+    "CoordinateNoise",
     "Defense",
     "DetectionReport",
     "DpSgdStats",
     "DropoutLoss",
     "NearestState",
     "NoiseState",
+    "ShapedNoise",
+    "ShapedNoiseState",
     "SparsityState",
     "StochasticState",
+    "adaptive_scale_noise",
     "augment",
     "clip_update",
+    "coordinate_noise",
     "declared_noise_std",
     "detect_crafted",
     "dp_sgd_epsilon",
@@ -44,9 +65,16 @@ __all__ = [
     "gaussian_delta",
     "gaussian_epsilon",
     "gaussian_noise",
+    "input_noise",
     "keep_top_k",
     "laplace_noise",
+    "layer_scales_for_target",
     "make_defense",
     "quantize_nearest",
     "quantize_stochastic",
+    "scale_for_target",
+    "shaped_noise",
+    "shaped_noise_transformation",
+    "soteria",
+    "soteria_scores",
 ]

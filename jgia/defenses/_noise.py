@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.core import Tracer
 from jaxtyping import Float, PRNGKeyArray
 
 from jgia import _checks
@@ -33,11 +34,12 @@ def additive_noise(
     key: PRNGKeyArray,
     sample: Callable[[PRNGKeyArray, tuple[int, ...], Any], Array],
     *,
-    noise_std: float,
+    noise_std: float | Float[Array, ""],
     relative: bool,
 ) -> optax.GradientTransformation:
     """Add ``noise_std * sample`` to every entry; ``sample`` has mean 0 and variance 1."""
-    _checks.non_negative(noise_std=noise_std)
+    if not isinstance(noise_std, Tracer):
+        _checks.non_negative(noise_std=float(noise_std))
 
     def init(params: PyTree) -> NoiseState:
         return NoiseState(jax.random.clone(key), jnp.zeros((), wide_dtype(params)))

@@ -14,7 +14,8 @@ from jax import Array
 from jaxtyping import Float, Int, PRNGKeyArray
 
 from jgia.config import DefenseConfig
-from jgia.config.defense import ON_SHARED
+from jgia.config.defense import ADAPTIVE, ON_SHARED
+from jgia.defenses._adaptive_gradient import AdaptiveStats, adaptive_gradient, check_batch
 from jgia.defenses._noise import NoiseState
 from jgia.defenses._tree import wide_dtype
 from jgia.defenses.augmentation import augment
@@ -24,6 +25,7 @@ from jgia.defenses.dropout import DropoutLoss
 from jgia.defenses.gaussian import gaussian_noise
 from jgia.defenses.laplace import laplace_noise
 from jgia.defenses.quantization import quantize_nearest, quantize_stochastic
+from jgia.defenses.shaped import ShapedNoiseState
 from jgia.defenses.sparsification import keep_top_k
 from jgia.models import Victim
 
@@ -79,8 +81,8 @@ class Defense:
         params: PyTree,
         images: Float[Array, "batch height width channels"],
         labels: Int[Array, " batch"],
-    ) -> tuple[PyTree, DpSgdStats | None]:
-        """One local gradient: augmented images, dropout, per-example clipping and noise.
+    ) -> tuple[PyTree, DpSgdStats | AdaptiveStats | None]:
+        """One local gradient: augmented images, dropout, per-example clipping, adapted noise.
 
         Args:
           key: random key of this step.
@@ -90,10 +92,12 @@ class Defense:
           labels: integer labels.
 
         Returns:
-          The gradient of the mean loss, and DP-SGD's statistics or ``None`` without it.
+          The gradient of the mean loss, and the statistics of DP-SGD or of the adaptive noise, or
+          ``None`` without either.
 
         Raises:
-          ValueError: the augmentation or the dropout layer does not fit the model.
+          ValueError: the augmentation or the dropout layer does not fit the model, or the batch
+            has too many pixels for an adaptive defense.
         """
         key_images, key_dropout, key_noise = jax.random.split(key, 3)
         if "augment" in self.config.defense:
@@ -103,6 +107,12 @@ class Defense:
             loss = DropoutLoss(
                 victim=victim, rate=self.config.dropout_rate, layer=self.config.dropout_layer
             )
+        for name in ADAPTIVE:
+            if name in self.config.defense:
+                check_batch(name, images.size)
+                return adaptive_gradient(
+                    name, self.config, loss, key_noise, params, images, labels, key_dropout
+                )
         if "dp_sgd" not in self.config.defense:
             return _gradient(loss, params, images, labels, key_dropout), None
         return dp_sgd_gradient(
@@ -172,7 +182,7 @@ def declared_noise_std(state: PyTree, noise_std: Float[Array, ""]) -> Float[Arra
     >>> float(declared_noise_std(state, jnp.zeros(())))
     5.0
     """
-    if isinstance(state, NoiseState):
+    if isinstance(state, NoiseState | ShapedNoiseState):
         return jnp.hypot(noise_std, state.noise_std.astype(noise_std.dtype))
     if isinstance(state, ClipState):
         return noise_std * state.scale.astype(noise_std.dtype)

@@ -17,7 +17,9 @@ from jaxtyping import PRNGKeyArray
 
 from jgia import _checks
 from jgia.config import ClientConfig
-from jgia.defenses import Defense, DpSgdStats
+from jgia.config.defense import ADAPTIVE
+from jgia.defenses import AdaptiveStats, Defense, DpSgdStats
+from jgia.defenses._adaptive_gradient import check_batch
 from jgia.models import Victim, flatten_params
 from jgia.observation import Observation, ThreatModel, check_params
 
@@ -75,8 +77,9 @@ def client_update(
 
     Raises:
       ValueError: images, labels or parameters do not fit the model, or the defense does not, or
-        batch statistics are to be shared that the model does not have or that dropout and DP-SGD
-        leave undefined; nothing was computed.
+        batch statistics are to be shared that the model does not have or that dropout, DP-SGD and
+        adaptive noise leave undefined, or adaptive noise is to go with FedAvg or with a batch of
+        too many pixels; nothing was computed.
       ClientError: the gradient or the trained parameters have NaN or infinite entries, before or
         after the defense; with DP-SGD, the gradient of any single example.
 
@@ -113,6 +116,7 @@ def client_update(
     classes = _check_labels(labels, pixels.shape[0], victim)
     params, dtype = _check_params(params, victim)
     pixels = pixels.astype(dtype, copy=False)
+    _check_adaptive(config, defense, pixels)
     statistics = None
     if config.share_batch_statistics:
         _check_statistics(victim, defense)
@@ -229,7 +233,7 @@ class _Gradients:
         key = _step_key(self._key, len(self._variances) + 1)
         gradient, stats = self._defense.gradient(key, self._victim, params, *chosen)
         _require_finite_examples(stats, self._config)
-        self._variances.append(0.0 if stats is None else stats.noise_std**2)
+        self._variances.append(0.0 if stats is None else float(stats.noise_std) ** 2)
         return gradient
 
     def shared(self, update: PyTree, defense: Defense) -> tuple[PyTree, float]:
@@ -295,8 +299,10 @@ def _minibatches(key: PRNGKeyArray, num_examples: int, config: ClientConfig) -> 
             yield order[start : start + size]
 
 
-def _require_finite_examples(stats: DpSgdStats | None, config: ClientConfig) -> None:
-    count = 0 if stats is None else int(stats.num_nonfinite)
+def _require_finite_examples(
+    stats: DpSgdStats | AdaptiveStats | None, config: ClientConfig
+) -> None:
+    count = int(stats.num_nonfinite) if isinstance(stats, DpSgdStats) else 0
     if count:
         raise ClientError(
             f"the gradients of {count} examples have NaN or infinite entries. {_cause(config)}."
@@ -320,6 +326,17 @@ def _require_finite(update: PyTree, config: ClientConfig, *, defended: bool = Fa
         raise ClientError(f"{subject} of {', '.join(bad)} has NaN or infinite entries. {cause}.")
 
 
+def _check_adaptive(config: ClientConfig, defense: Defense | None, pixels: np.ndarray) -> None:
+    names = [name for name in ADAPTIVE if defense and name in defense.config.defense]
+    if names and config.protocol != "fedsgd":
+        raise ValueError(
+            f"{names[0]} adapts to one gradient as a function of the batch, got the protocol "
+            f"{config.protocol!r}; choose fedsgd, or gaussian noise on what is shared."
+        )
+    if names:
+        check_batch(names[0], pixels.size)
+
+
 def _check_statistics(victim: Victim, defense: Defense | None) -> None:
     inputs = jax.ShapeDtypeStruct((1, *victim.input_shape), "float32")
     if not jax.eval_shape(victim.batch_statistics, victim.param_shapes(), inputs):
@@ -327,7 +344,8 @@ def _check_statistics(victim: Victim, defense: Defense | None) -> None:
             f"share_batch_statistics needs batch normalization, which the model {victim.name!r} "
             "does not have; choose --model resnet, resnet18 or vgg11 with --norm batch."
         )
-    without = sorted({"dropout", "dp_sgd"} & set(defense.config.defense if defense else ()))
+    undefined = {"dropout", "dp_sgd", *ADAPTIVE}
+    without = sorted(undefined & set(defense.config.defense if defense else ()))
     if without:
         raise ValueError(
             f"share_batch_statistics cannot go with the defense {without[0]!r}, whose gradient is "

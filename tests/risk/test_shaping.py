@@ -252,7 +252,9 @@ def test_every_shape_reaches_its_target_and_no_shape_beats_water_filling(shape, 
         shares = np.linalg.eigvals(np.linalg.solve(prior, posterior)).real
         np.testing.assert_allclose(shares, share, rtol=1e-9)
     if shape == "uniform":
-        np.testing.assert_allclose(noise, noise[0, 0] * np.eye(4), rtol=0, atol=1e-10 * noise[0, 0])
+        np.testing.assert_allclose(
+            noise, noise[0, 0] * np.eye(4), rtol=0, atol=1e-10 * float(noise[0, 0])
+        )
 
 
 @pytest.mark.parametrize("shape", ["water_filling", "uniform", "maxmin"])
@@ -263,7 +265,7 @@ def test_unseen_directions_get_no_noise(shape):
         energy = 5 * PRIOR if isinstance(given_prior, float) else np.trace(prior)
         noise = shaped_covariance(gram, given_prior, 0.9 * energy, shape=shape)
         hidden = np.linalg.svd(jacobian)[2][3:].T
-        np.testing.assert_allclose(noise @ hidden, 0, atol=1e-9 * np.abs(noise).max())
+        np.testing.assert_allclose(noise @ hidden, 0, atol=1e-9 * float(jnp.abs(noise).max()))
         got = expected_error(gram, noise, given_prior)
         np.testing.assert_allclose(got, 0.9 * energy, rtol=1e-8)
 

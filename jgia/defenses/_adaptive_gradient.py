@@ -1,0 +1,119 @@
+"""The gradient of a client that adapts its noise to what the gradient reveals of its batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, PRNGKeyArray
+
+from jgia.config import DefenseConfig
+from jgia.defenses._tree import leaf_keys
+from jgia.defenses.adaptive_scale import scale_for_target
+from jgia.defenses.shaped import shaped_noise
+from jgia.risk import _spectra
+from jgia.risk.shaping import covariance_factor, shaped_covariance
+
+PyTree = Any
+
+LARGEST = 8192
+"""Pixels of a batch, B H W C, whose square Gram matrix is still formed."""
+
+_CHUNK = 16
+
+
+class AdaptiveStats(NamedTuple):
+    """What an adaptive defense declares.
+
+    Attributes:
+      noise_std: root mean square over the entries of the standard deviation of the additive noise;
+        0 for noise on the input.
+    """
+
+    noise_std: Float[Array, ""]
+
+
+def check_batch(name: str, num_pixels: int) -> None:
+    """Raise ``ValueError`` when the Gram matrix of a batch would be too large."""
+    if name != "input_noise" and num_pixels > LARGEST:
+        raise ValueError(
+            f"{name} forms a square matrix over all pixels of the batch and takes at most "
+            f"{LARGEST} of them, got {num_pixels}; lower the batch or the image size, or use "
+            "input_noise."
+        )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def adaptive_gradient(
+    name: str,
+    config: DefenseConfig,
+    loss: Any,
+    key: PRNGKeyArray,
+    params: PyTree,
+    images: Float[Array, "batch height width channels"],
+    labels: Array,
+    loss_key: PRNGKeyArray,
+) -> tuple[PyTree, AdaptiveStats]:
+    """The mean gradient of a batch under ``adaptive_scale``, ``shaped`` or ``input_noise``.
+
+    The release is ``x -> grad loss(params, x, labels)`` with labels and the loss's own draws fixed;
+    the prior is ``prior_std^2 I`` on pixels and the target ``target_error`` of its energy. The Gram
+    matrix is the private one. Singular values that rounding hides count as that of the rounding,
+    not as zero, where the gradient has at least as many entries as the batch has pixels: an
+    attacker without rounding errors would see them.
+    """
+
+    def fn(pixels: Array) -> PyTree:
+        return jax.grad(loss)(params, pixels, labels, loss_key)
+
+    variance = config.prior_std**2
+    zero = jnp.zeros((), images.dtype)
+    if name == "input_noise":
+        # Every pixel's error s^2 xi / (s^2 + xi) is target_error s^2, whatever the image.
+        std = (variance * config.target_error / (1 - config.target_error)) ** 0.5
+        draw = jax.random.normal(key, images.shape, images.dtype)
+        return fn(images + std * draw), AdaptiveStats(zero)
+    target = config.target_error * images.size * variance
+    gradient = fn(images)
+    size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
+    gram = _gram(fn, images)
+    if name == "adaptive_scale":
+        values = jnp.linalg.eigvalsh(gram)
+        sigma = jnp.sqrt(jnp.maximum(values, _least(values) if size >= images.size else 0.0))
+        scale = scale_for_target(sigma, variance, target)
+
+        def noisy(leaf: Array, leaf_key: PRNGKeyArray) -> Array:
+            draw = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
+            return leaf + scale.astype(leaf.dtype) * draw
+
+        shared = jax.tree.map(noisy, gradient, leaf_keys(key, gradient))
+        return shared, AdaptiveStats(scale)
+    if size >= images.size:
+        gram = gram + 2 * _least(jnp.linalg.eigvalsh(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
+    covariance = shaped_covariance(gram, variance, target, shape=config.noise_shape)
+    made = shaped_noise(
+        key, fn, images, covariance_factor(covariance), gram=gram, floor=config.noise_floor
+    )
+    std = jnp.sqrt(made.energy / size + jnp.square(made.floor_std))
+    return jax.tree.map(jnp.add, gradient, made.noise), AdaptiveStats(std)
+
+
+def _least(values: Array) -> Array:
+    """The eigenvalue below which rounding hides the rest."""
+    return _spectra.rank_tolerance(values.dtype, values.size) * jnp.max(values)
+
+
+def _gram(fn: Callable[[Array], PyTree], x: Array) -> Array:
+    """``J^T J`` in chunks of columns, without the Jacobian."""
+    _, derivative = jax.linearize(fn, x)
+    adjoint = jax.linear_transpose(derivative, x)
+
+    def row(direction: Array) -> Array:
+        return adjoint(derivative(direction.reshape(x.shape)))[0].reshape(-1)
+
+    basis = jnp.eye(x.size, dtype=x.dtype)
+    return _spectra.symmetrized(jax.lax.map(row, basis, batch_size=min(_CHUNK, x.size)))
