@@ -15,14 +15,17 @@ import numpy as np
 from jgia.defenses import (
     DropoutLoss,
     NoiseState,
+    adaptive_scale_noise,
     augment,
     clip_update,
     dp_sgd_gradient,
     gaussian_noise,
+    input_noise,
     keep_top_k,
     laplace_noise,
     quantize_nearest,
     quantize_stochastic,
+    shaped_noise_transformation,
 )
 from jgia.models import make_victim
 
@@ -118,6 +121,42 @@ def _dropout(key, images, **knobs):
     return jax.grad(loss)(_params(images.dtype), images, labels, key)
 
 
+def _adaptive_scale(key, *, target):
+    """One direction of three is unseen: a target of 1 or less needs no noise."""
+    return adaptive_scale_noise(key, jnp.array([2.0, 1.0, 0.0]), prior_variance=1.0, target=target)
+
+
+def _shaped(key, update, *, target, floor=0.1):
+    """A release that is the update plus a fixed linear function of two of three numbers."""
+    sizes = [leaf.size for leaf in jax.tree.leaves(update)]
+    matrix = np.random.default_rng(2).normal(size=(sum(sizes), 3)) * [1.0, 0.5, 0.0]
+    parts = np.split(matrix, np.cumsum(sizes)[:-1])
+    structure = jax.tree.structure(update)
+
+    def release(x):
+        moved = [
+            leaf + (jnp.asarray(part, x.dtype) @ x).reshape(leaf.shape).astype(leaf.dtype)
+            for leaf, part in zip(jax.tree.leaves(update), parts, strict=True)
+        ]
+        return structure.unflatten(moved)
+
+    transformation = shaped_noise_transformation(
+        key,
+        release,
+        jnp.zeros(3),
+        prior=1.0,
+        target=target,
+        gram=jnp.asarray(matrix.T @ matrix),
+        floor=floor,
+    )
+    return transformation.update(update, transformation.init(update))[0]
+
+
+def _input_noise(key, images, *, std):
+    factor = std * jnp.eye(images.size, dtype=images.dtype)
+    return input_noise(key, lambda x: x, images, factor)
+
+
 _NOISE_KNOBS = (({"noise_std": -1.0}, "noise_std"), ({"noise_std": float("nan")}, "noise_std"))
 _BITS = (({"num_bits": 1}, "num_bits"), ({"num_bits": 33}, "num_bits"))
 
@@ -143,6 +182,38 @@ CASES = (
         wrong=_NOISE_KNOBS,
         random=True,
         deviation=functools.partial(_state_deviation, laplace_noise),
+    ),
+    DefenseCase(
+        name="adaptive_scale",
+        module="adaptive_scale",
+        function="adaptive_scale_noise",
+        apply=functools.partial(_transformed, _adaptive_scale),
+        knobs={"target": 1.5},
+        weakest={"target": 1.0},
+        wrong=(({"target": 3.0}, "target"), ({"target": -1.0}, "target")),
+        random=True,
+        deviation=functools.partial(_state_deviation, _adaptive_scale),
+    ),
+    DefenseCase(
+        name="shaped",
+        module="shaped",
+        function="shaped_noise_transformation",
+        apply=_shaped,
+        knobs={"target": 1.5},
+        weakest={"target": 1.0},
+        wrong=(({"target": 3.0}, "target"), ({"floor": -1.0}, "floor")),
+        random=True,  # its covariance is measured in tests/defenses/test_defenses_adaptive.py
+    ),
+    DefenseCase(
+        name="input_noise",
+        module="shaped",
+        function="input_noise",
+        apply=_input_noise,
+        knobs={"std": 0.5},
+        weakest={"std": 0.0},
+        wrong=(({"std": float("nan")}, "finite"),),
+        random=True,
+        act_on="images",
     ),
     DefenseCase(
         name="clip",

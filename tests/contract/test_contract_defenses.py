@@ -13,19 +13,27 @@ import pytest
 
 import jgia.defenses
 from jgia.config import DefenseConfig, DefenseName
+from jgia.config.defense import ON_SHARED
 from jgia.defenses import Defense, make_defense
 
 _HERE = Path(__file__).resolve().parent
 _PACKAGE = Path(next(iter(jgia.defenses.__path__)))
-_NOT_DEFENSES = {"accounting", "defense", "detector"}
+_BASELINES = {"coordinate", "soteria"}  # to compare with; no name on the command line
+_NOT_DEFENSES = {"accounting", "defense", "detector"} | _BASELINES
 _HELPERS = {
+    "coordinate_noise",
     "declared_noise_std",
     "detect_crafted",
     "dp_sgd_epsilon",
     "dp_sgd_noise_std",
     "gaussian_delta",
     "gaussian_epsilon",
+    "layer_scales_for_target",
     "make_defense",
+    "scale_for_target",
+    "shaped_noise",
+    "soteria",
+    "soteria_scores",
 }
 
 
@@ -180,7 +188,7 @@ def test_configuration_names_it_and_makes_it(case):
     assert defense.words.startswith(f"{case.name}(")
     assert defense == make_defense(DefenseConfig(defense=(case.name,)))
     assert hash(defense) == hash(make_defense(DefenseConfig(defense=(case.name,))))
-    assert defense.changes_gradient == (case.name in ("augment", "dp_sgd", "dropout"))
+    assert defense.changes_gradient == (case.name not in ON_SHARED)
 
 
 @cases
