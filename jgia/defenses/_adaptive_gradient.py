@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, PRNGKeyArray
 
 from jgia.config import DefenseConfig
+from jgia.config.defense import ADAPTIVE
 from jgia.defenses._tree import leaf_keys
 from jgia.defenses.adaptive_scale import scale_for_target
 from jgia.defenses.shaped import shaped_noise
@@ -37,14 +38,23 @@ class AdaptiveStats(NamedTuple):
     noise_std: Float[Array, ""]
 
 
-def check_batch(name: str, num_pixels: int) -> None:
-    """Raise ``ValueError`` when the Gram matrix of a batch would be too large."""
-    if name != "input_noise" and num_pixels > LARGEST:
-        raise ValueError(
-            f"{name} forms a square matrix over all pixels of the batch and takes at most "
-            f"{LARGEST} of them, got {num_pixels}; lower the batch or the image size, or use "
-            "input_noise."
-        )
+def check_adaptive(names: Sequence[str], protocol: str, num_pixels: int) -> None:
+    """Raise ``ValueError`` where an adaptive defense among ``names`` cannot do its work.
+
+    It needs one gradient as a function of the batch and, but for ``input_noise``, a Gram matrix.
+    """
+    for name in ADAPTIVE:
+        if name in names and protocol != "fedsgd":
+            raise ValueError(
+                f"{name} adapts to one gradient as a function of the batch, got the protocol "
+                f"{protocol!r}; choose fedsgd, or gaussian noise on what is shared."
+            )
+        if name in names and name != "input_noise" and num_pixels > LARGEST:
+            raise ValueError(
+                f"{name} forms a square matrix over all pixels of the batch and takes at most "
+                f"{LARGEST} of them, got {num_pixels}; lower the batch or the image size, or use "
+                "input_noise."
+            )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

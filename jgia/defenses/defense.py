@@ -15,7 +15,7 @@ from jaxtyping import Float, Int, PRNGKeyArray
 
 from jgia.config import DefenseConfig
 from jgia.config.defense import ADAPTIVE, ON_SHARED
-from jgia.defenses._adaptive_gradient import AdaptiveStats, adaptive_gradient, check_batch
+from jgia.defenses._adaptive_gradient import AdaptiveStats, adaptive_gradient, check_adaptive
 from jgia.defenses._noise import NoiseState
 from jgia.defenses._tree import wide_dtype
 from jgia.defenses.augmentation import augment
@@ -109,7 +109,7 @@ class Defense:
             )
         for name in ADAPTIVE:
             if name in self.config.defense:
-                check_batch(name, images.size)
+                check_adaptive((name,), "fedsgd", images.size)
                 return adaptive_gradient(
                     name, self.config, loss, key_noise, params, images, labels, key_dropout
                 )

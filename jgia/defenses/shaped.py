@@ -95,9 +95,9 @@ def shaped_noise(
     Edge cases:
       - **Singular noise is breakable**: with ``floor=0`` the noise leaves p - d coordinates of the
         release untouched, and through the curvature of ``fn`` those give x away. An attacker who
-        knows the covariance came to 0.2% of the predicted error on a curved release of 24 numbers
-        about 4 (``floor=1e-6``), to 36-56% of it with the default, to 77-92% with ``floor=1``,
-        which doubles the energy. Only a test with such an attacker shows what is left.
+        knows the covariance came to 0.1-0.3% of the predicted error on a curved release of 24
+        numbers about 4 (``floor=1e-6``), to 36-56% of it with the default, to 77-92% with
+        ``floor=1``, which doubles the energy. Only a test with such an attacker shows what is left.
       - **No differential privacy.** The covariance depends on the private input through J in any
         case, and through F when F was made from the private Gram matrix: it is itself
         information. Use a public Gram matrix for F, and :func:`input_noise` where nothing but

@@ -19,7 +19,7 @@ from jgia import _checks
 from jgia.config import ClientConfig
 from jgia.config.defense import ADAPTIVE
 from jgia.defenses import AdaptiveStats, Defense, DpSgdStats
-from jgia.defenses._adaptive_gradient import check_batch
+from jgia.defenses._adaptive_gradient import check_adaptive
 from jgia.models import Victim, flatten_params
 from jgia.observation import Observation, ThreatModel, check_params
 
@@ -116,7 +116,7 @@ def client_update(
     classes = _check_labels(labels, pixels.shape[0], victim)
     params, dtype = _check_params(params, victim)
     pixels = pixels.astype(dtype, copy=False)
-    _check_adaptive(config, defense, pixels)
+    check_adaptive(() if defense is None else defense.config.defense, config.protocol, pixels.size)
     statistics = None
     if config.share_batch_statistics:
         _check_statistics(victim, defense)
@@ -324,17 +324,6 @@ def _require_finite(update: PyTree, config: ClientConfig, *, defended: bool = Fa
             cause = "Its noise or rounding overflows the dtype: choose a weaker one"
         subject = "the defended update" if defended else "the update"
         raise ClientError(f"{subject} of {', '.join(bad)} has NaN or infinite entries. {cause}.")
-
-
-def _check_adaptive(config: ClientConfig, defense: Defense | None, pixels: np.ndarray) -> None:
-    names = [name for name in ADAPTIVE if defense and name in defense.config.defense]
-    if names and config.protocol != "fedsgd":
-        raise ValueError(
-            f"{names[0]} adapts to one gradient as a function of the batch, got the protocol "
-            f"{config.protocol!r}; choose fedsgd, or gaussian noise on what is shared."
-        )
-    if names:
-        check_batch(names[0], pixels.size)
 
 
 def _check_statistics(victim: Victim, defense: Defense | None) -> None:
