@@ -28,7 +28,6 @@ ALLOWED = {
     "observation": {"_checks", "models"},
     "data": {"_checks", "normalization"},
     "defenses": BASE | {"models", "risk"},
-    "risk": {"_checks"},
     "federated": BASE | {"models", "observation", "defenses"},
     "sparse": {"_checks"},
     "replay": {"models", "observation"},

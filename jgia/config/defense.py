@@ -119,7 +119,7 @@ class DefenseConfig:
     """`shaped`: least energy for the target (`water_filling`), or equal noise on all pixel
     directions (`uniform`)."""
 
-    noise_floor: float = 0.1
+    noise_floor: float = 1.0
     """`shaped`: energy of the isotropic part over that of the shaped part; without any, the
     noise can be removed."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,9 @@ from jgia.config.defense import ADAPTIVE
 from jgia.defenses._tree import leaf_keys
 from jgia.defenses.adaptive_scale import scale_for_target
 from jgia.defenses.shaped import shaped_noise
+from jgia.models.convolutions import patch_convolutions
 from jgia.risk import _spectra
+from jgia.risk.jacobian import gram as release_gram
 from jgia.risk.shaping import covariance_factor, shaped_covariance
 
 PyTree = Any
@@ -78,7 +80,8 @@ def adaptive_gradient(
     """
 
     def fn(pixels: Array) -> PyTree:
-        return jax.grad(loss)(params, pixels, labels, loss_key)
+        with patch_convolutions():
+            return jax.grad(loss)(params, pixels, labels, loss_key)
 
     variance = config.prior_std**2
     zero = jnp.zeros((), images.dtype)
@@ -90,7 +93,7 @@ def adaptive_gradient(
     target = config.target_error * images.size * variance
     gradient = fn(images)
     size = sum(leaf.size for leaf in jax.tree.leaves(gradient))
-    gram = _gram(fn, images)
+    gram = release_gram(fn, images, chunk_size=_CHUNK)
     if name == "adaptive_scale":
         values = jnp.linalg.eigvalsh(gram)
         sigma = jnp.sqrt(jnp.maximum(values, _least(values) if size >= images.size else 0.0))
@@ -115,15 +118,3 @@ def adaptive_gradient(
 def _least(values: Array) -> Array:
     """The eigenvalue below which rounding hides the rest."""
     return _spectra.rank_tolerance(values.dtype, values.size) * jnp.max(values)
-
-
-def _gram(fn: Callable[[Array], PyTree], x: Array) -> Array:
-    """``J^T J`` in chunks of columns, without the Jacobian."""
-    _, derivative = jax.linearize(fn, x)
-    adjoint = jax.linear_transpose(derivative, x)
-
-    def row(direction: Array) -> Array:
-        return adjoint(derivative(direction.reshape(x.shape)))[0].reshape(-1)
-
-    basis = jnp.eye(x.size, dtype=x.dtype)
-    return _spectra.symmetrized(jax.lax.map(row, basis, batch_size=min(_CHUNK, x.size)))

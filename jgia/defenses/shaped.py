@@ -66,7 +66,7 @@ def shaped_noise(
     covariance_factor: Float[Array, "d k"],
     *,
     gram: Float[Array, "d d"],
-    floor: float = 0.1,
+    floor: float = 1.0,
 ) -> ShapedNoise:
     r"""Noise ``J(x) F z + floor_std z'`` for the release ``fn(x)``, by one Jacobian-vector product.
 
@@ -96,8 +96,8 @@ def shaped_noise(
       - **Singular noise is breakable**: with ``floor=0`` the noise leaves p - d coordinates of the
         release untouched, and through the curvature of ``fn`` those give x away. An attacker who
         knows the covariance came to 0.1-0.3% of the predicted error on a curved release of 24
-        numbers about 4 (``floor=1e-6``), to 36-56% of it with the default, to 77-92% with
-        ``floor=1``, which doubles the energy. Only a test with such an attacker shows what is left.
+        numbers about 4 (``floor=1e-6``), to 36-56% of it with ``floor=0.1``, and to 77-92% with the
+        default, which doubles the energy. Only a test with such an attacker shows what is left.
       - **No differential privacy.** The covariance depends on the private input through J in any
         case, and through F when F was made from the private Gram matrix: it is itself
         information. Use a public Gram matrix for F, and :func:`input_noise` where nothing but
@@ -108,7 +108,7 @@ def shaped_noise(
     >>> gram = jnp.array([[5.0, 1.0], [1.0, 2.0]])
     >>> made = shaped_noise(jax.random.key(0), fn, jnp.zeros(2), 0.1 * jnp.eye(2), gram=gram)
     >>> made.noise["w"].shape, round(float(made.energy), 4), round(float(made.floor_std), 4)
-    ((3,), 0.07, 0.0483)
+    ((3,), 0.07, 0.1528)
 
     References:
       Derived here (:func:`jgia.risk.shaping.shaped_covariance`).
@@ -130,7 +130,7 @@ def shaped_noise_transformation(
     gram: Float[Array, "d d"] | None = None,
     public_gram: Float[Array, "d d"] | None = None,
     shape: Shape = "water_filling",
-    floor: float = 0.1,
+    floor: float = 1.0,
     ridge: float = 1e-3,
     num_releases: int = 1,
 ) -> optax.GradientTransformation:

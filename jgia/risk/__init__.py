@@ -35,8 +35,17 @@ from jgia.risk.resolvent import (
     invloss_of_gram,
     invloss_of_jacobian,
 )
+from jgia.risk.shaping import (
+    covariance_factor,
+    expected_error,
+    noise_energy,
+    shaped_covariance,
+    water_filling,
+    water_level,
+)
 from jgia.risk.spectrum import Choice, Route, Spectrum, choose_route, spectrum, spectrum_of_gram
 from jgia.risk.structured import structured_gram, structured_grams
+from jgia.risk.weighted_shaping import OptimalNoise, geometric_mean, optimal_noise
 
 __all__ = [
     "SUCCESS_PSNR",
@@ -46,6 +55,7 @@ __all__ = [
     "EmbeddingRelease",
     "Form",
     "InvLossBracket",
+    "OptimalNoise",
     "Posterior",
     "Prior",
     "Release",
@@ -60,11 +70,14 @@ __all__ = [
     "TraceBracket",
     "UpdateRelease",
     "choose_route",
+    "covariance_factor",
     "diagnose",
     "differentiable_invloss",
     "estimate",
+    "expected_error",
     "flat_spectrum_bound",
     "function_of_image",
+    "geometric_mean",
     "gram",
     "invloss",
     "invloss_bracket_by_quadrature",
@@ -73,12 +86,15 @@ __all__ = [
     "invre",
     "jacobian",
     "lower_bound",
+    "noise_energy",
+    "optimal_noise",
     "posterior_from_gram",
     "posterior_from_triangular",
     "predicted_psnr",
     "prior_draws",
     "push",
     "recoverable_fraction",
+    "shaped_covariance",
     "sizes",
     "spectral_norm",
     "spectrum",
@@ -89,6 +105,8 @@ __all__ = [
     "top_spectrum",
     "triangular",
     "upper_bound",
+    "water_filling",
+    "water_level",
     "whitened_matvec",
     "without_nuisance",
     "without_nuisance_triangular",
