@@ -121,8 +121,9 @@ def lasso(
       duplicate columns                      one of the minimizers; the objective is unique
       ``lam >= lam_max``                     exactly 0, after 0 iterations
       ``lam = 0``                            least squares; the dual has no interior and the gap is
-                                             the objective, so a sample stops when the gradient is
-                                             at most the tolerance times ``lam_max``
+                                             the objective (0 where the gradient is exactly 0), so
+                                             a sample stops when the gradient is at most the
+                                             tolerance times ``lam_max``
       negative or non-finite lam             ``ValueError``; under tracing ``INVALID`` and zeros
       NaN or infinity in y, in the mask      ``NONFINITE``, zeros and an infinite objective, for
                                              this sample only

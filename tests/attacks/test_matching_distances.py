@@ -8,6 +8,7 @@ import scipy.ndimage
 from jax.test_util import check_grads
 
 from jgia.attacks.gradient_matching import distance, layer_weights, priors
+from jgia.attacks.gradient_matching.distances import square
 
 NAMES = ("l2", "l2_norm", "cosine", "layer_cosine", "max_layer")
 
@@ -149,3 +150,22 @@ def test_batch_norm_distance_is_a_sum_of_lengths():
     assert float(priors.batch_norm_distance(found, wanted)) == pytest.approx(5)
     gradient = jax.grad(lambda m: priors.batch_norm_distance({"norm1": (m, m)}, {"norm1": (m, m)}))
     assert np.isfinite(gradient(jnp.ones(2))).all()
+
+
+def test_a_targets_square_may_be_known():
+    rng = np.random.default_rng(5)
+    update, target = (
+        {"fc": {"kernel": jnp.asarray(rng.normal(size=(3, 2))), "bias": jnp.ones(2)}}
+        for _ in range(2)
+    )
+    known = square(target)
+    np.testing.assert_allclose(known, sum(np.sum(x**2) for x in jax.tree.leaves(target)))
+    plain = distance("cosine", update, target)
+    np.testing.assert_allclose(distance("cosine", update, target, target_square=known), plain)
+    wrong = distance("cosine", update, target, target_square=2 * known)
+    assert abs(float(wrong - plain)) > 1e-3
+    weights = {"fc": 0.5}
+    np.testing.assert_allclose(
+        distance("cosine", update, target, weights, target_square=2 * known),
+        distance("cosine", update, target, weights),
+    )

@@ -17,7 +17,12 @@ PyTree = Any
 
 
 def distance(
-    name: DistanceName, update: PyTree, target: PyTree, weights: Mapping[str, float] | None = None
+    name: DistanceName,
+    update: PyTree,
+    target: PyTree,
+    weights: Mapping[str, float] | None = None,
+    *,
+    target_square: Array | None = None,
 ) -> Array:
     r"""Distance between two updates of the same structure.
 
@@ -35,6 +40,8 @@ def distance(
       update: pytree of arrays; differentiated.
       target: the same structure.
       weights: one non-negative weight per layer name (:func:`layer_weights`); ones when left out.
+      target_square: :func:`square` of the target, for ``"cosine"`` without weights, where a search
+        has computed it once for all steps.
 
     Returns:
       A scalar, at least 0 up to rounding (the cosine distances at most 2 times the largest weight).
@@ -61,13 +68,21 @@ def distance(
     if name == "cosine":
         products = _sum(scale[n] * _dot(g, t) for n, (g, t) in layers.items())
         own = _sum(scale[n] * _dot(g, g) for n, (g, _) in layers.items())
-        other = _sum(scale[n] * _dot(t, t) for n, (_, t) in layers.items())
+        other = target_square
+        if other is None or weights is not None:
+            other = _sum(scale[n] * _dot(t, t) for n, (_, t) in layers.items())
         return 1 - _cosine(products, own, other)
     values = {n: _layer_cosine(g, t) for n, (g, t) in layers.items()}
     weighted = [scale[n] * value for n, value in values.items()]
     if name == "layer_cosine":
         return _sum(weighted) / sum(scale.values())
     return jnp.stack(weighted).max()
+
+
+def square(update: PyTree) -> Array:
+    """The squared Euclidean norm of an update."""
+    leaves = list(flatten_params(update).values())
+    return _dot(leaves, leaves)
 
 
 def layer_weights(names: Sequence[str], kind: LayerWeights) -> dict[str, float]:

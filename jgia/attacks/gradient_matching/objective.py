@@ -12,7 +12,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jgia.attacks.gradient_matching import priors
-from jgia.attacks.gradient_matching.distances import distance, layer_names, layer_weights
+from jgia.attacks.gradient_matching.distances import (
+    distance,
+    layer_names,
+    layer_weights,
+    square,
+)
 from jgia.attacks.gradient_matching.settings import Settings
 from jgia.models import Pool, Victim
 from jgia.models.convolutions import fast_convolutions
@@ -35,6 +40,7 @@ class Problem:
       victim: the model.
       threat_model: without the labels, which are data.
       settings: what to minimize.
+      target_square: of the update, where every step would compute it again; else ``None``.
       stacked: whether update, statistics and labels have a leading axis, one entry per search.
       vmapped: whether searches are vmapped; how convolutions are computed depends on it.
     """
@@ -46,6 +52,7 @@ class Problem:
     victim: Victim = dataclasses.field(metadata={"static": True})
     threat_model: ThreatModel = dataclasses.field(metadata={"static": True})
     settings: Settings = dataclasses.field(metadata={"static": True})
+    target_square: Array | None = None
     stacked: bool = dataclasses.field(default=False, metadata={"static": True})
     vmapped: bool = dataclasses.field(default=False, metadata={"static": True})
 
@@ -77,6 +84,7 @@ def stack(problems: Sequence[Problem]) -> Problem:
         update=jax.tree.map(joined, *(problem.update for problem in problems)),
         statistics=jax.tree.map(joined, *(problem.statistics for problem in problems)),
         labels=joined(*(problem.labels for problem in problems)),
+        target_square=None,
         stacked=True,
     )
 
@@ -117,6 +125,7 @@ def make_problem(observation: Observation, labels: ArrayLike, settings: Settings
         params=jax.tree.map(jnp.asarray, observation.params),
         statistics=_wanted_statistics(observation, settings),
         labels=labels,
+        target_square=square(update) if settings.distance == "cosine" else None,
         victim=victim,
         threat_model=dataclasses.replace(threat, labels=None),
         settings=settings,
@@ -140,7 +149,8 @@ def loss(problem: Problem, variables: Variables, consensus: Array) -> tuple[Arra
     weights = None
     if settings.layer_weights != "equal":
         weights = layer_weights(_depth_order(victim, problem.update), settings.layer_weights)
-    fit = distance(settings.distance, update, problem.update, weights)
+    known = problem.target_square
+    fit = distance(settings.distance, update, problem.update, weights, target_square=known)
     total = fit
     if settings.total_variation:
         variation = priors.total_variation(inputs, settings.tv_form)
