@@ -71,7 +71,7 @@ def _write_case(path: Path, *, side: int) -> None:
     victim = make_victim("lenet", input_shape=(side, side, 3), num_classes=10)
     params = jax.tree.map(np.asarray, victim.init(jax.random.key(0)))
     x = np.random.default_rng(0).uniform(size=(side, side, 3)).astype("float32")
-    arrays = {"x": x.transpose(2, 0, 1).copy(), "y": np.array([3])}
+    arrays: dict[str, Any] = {"x": x.transpose(2, 0, 1).copy(), "y": np.array([3])}
     for i in (1, 2, 3):
         arrays[f"w{i}"] = params[f"conv{i}"]["kernel"].transpose(3, 2, 0, 1).copy()
         arrays[f"b{i}"] = params[f"conv{i}"]["bias"]
@@ -109,7 +109,8 @@ def _worker(path: str, route: str) -> None:
         }
         params["head"] = {"kernel": jnp.asarray(arrays["w4"]), "bias": jnp.asarray(arrays["b4"])}
         label = jnp.asarray(arrays["y"][0])
-    victim = make_victim("lenet", input_shape=x.shape, num_classes=10)
+    height, width, channels = x.shape
+    victim = make_victim("lenet", input_shape=(height, width, channels), num_classes=10)
     release = UpdateRelease(victim=victim)
     assert sizes(lambda z: release(params, z, label), x).num_inputs == x.size
 

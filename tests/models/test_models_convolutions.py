@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from jgia.attacks import gradient_matching as matching
-from jgia.attacks.gradient_matching import convolutions
 from jgia.config import ClientConfig
 from jgia.federated import client_update
 from jgia.models import convolution_forms as forms
-from jgia.models import make_victim
+from jgia.models import convolutions, make_victim
 from jgia.models.convolutions import fast_convolutions
 
 FORMS = ("convolution", "patches")

@@ -1,5 +1,7 @@
 """Closed forms of InvLoss against simulation, optimization and each other."""
 
+from typing import Any
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -24,7 +26,7 @@ from jgia.risk import (
 )
 
 SIGMA = jnp.asarray([2.0, 0.7, 0.1, 0.0])
-OPTIONS = {"noise_std": 0.3, "prior_variance": 0.5, "num_inputs": 4}
+OPTIONS: dict[str, Any] = {"noise_std": 0.3, "prior_variance": 0.5, "num_inputs": 4}
 
 
 def test_mmse_is_the_best_affine_attacks_error():
@@ -104,7 +106,7 @@ def test_minimax_is_the_least_favourable_prior():
 
 def test_opnorm_is_the_worst_direction():
     sigma = jnp.asarray([2.0, 0.5])
-    options = {"noise_std": 0.1, "prior_variance": 1.0, "form": "opnorm"}
+    options: dict[str, Any] = {"noise_std": 0.1, "prior_variance": 1.0, "form": "opnorm"}
     np.testing.assert_allclose(invloss(sigma, num_inputs=2, **options), 0.04, rtol=1e-12)
     assert np.isinf(invloss(sigma, num_inputs=3, **options))
 
@@ -117,7 +119,7 @@ def test_properties(seed, tau):
     j = rng.normal(size=(8, 5)) * rng.uniform(0, 2, size=5)
     values = jnp.asarray(np.linalg.svd(j, compute_uv=False))
     fewer = jnp.asarray(np.linalg.svd(j[: rng.integers(1, 8)], compute_uv=False))
-    options = {"noise_std": tau, "prior_variance": 0.3, "num_inputs": 5}
+    options: dict[str, Any] = {"noise_std": tau, "prior_variance": 0.3, "num_inputs": 5}
     error = float(invloss(values, **options))
     assert 0 <= error <= 1.5 * (1 + 1e-12)
     assert error <= float(invloss(values, **options | {"noise_std": 1.1 * tau})) * (1 + 1e-12)
@@ -128,7 +130,7 @@ def test_properties(seed, tau):
 
 
 def test_flat_spectrum_reaches_the_bound():
-    options = {"noise_std": 0.2, "prior_variance": 0.3, "num_inputs": 4}
+    options: dict[str, Any] = {"noise_std": 0.2, "prior_variance": 0.3, "num_inputs": 4}
     error = invloss(jnp.full(4, 0.7), **options)
     np.testing.assert_allclose(error, flat_spectrum_bound(jnp.asarray(0.49), **options))
 
@@ -159,8 +161,13 @@ def test_psnr_is_capped():
 
 
 def test_bad_input_is_refused():
-    for wrong in ({"noise_std": 0.0}, {"noise_std": -1.0}, {"prior_variance": 0.0}):
+    wrongs: list[dict[str, Any]] = [
+        {"noise_std": 0.0},
+        {"noise_std": -1.0},
+        {"prior_variance": 0.0},
+    ]
+    for wrong in wrongs:
         with pytest.raises(ValueError, match="positive"):
-            invloss(SIGMA, **OPTIONS | wrong)
+            invloss(SIGMA, **{**OPTIONS, **wrong})
     with pytest.raises(ValueError, match="below the number"):
-        invloss(SIGMA, **OPTIONS | {"num_inputs": 3})
+        invloss(SIGMA, **{**OPTIONS, "num_inputs": 3})

@@ -1,5 +1,7 @@
 """The whole estimate: routes agree, attacks confirm it, bad input is refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from jgia.risk import (
     jacobian,
 )
 
-QUICK = {"num_draws": 200}
+QUICK: dict[str, Any] = {"num_draws": 200}
 
 
 def public(count=60, shape=(4, 4, 1)):

@@ -1,5 +1,7 @@
 """Derivatives of InvLoss: the right ones, and finite where spectra degenerate."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from jgia.risk import (
     spectrum,
 )
 
-OPTIONS = {"noise_std": 0.4, "prior_variance": 0.7}
+OPTIONS: dict[str, Any] = {"noise_std": 0.4, "prior_variance": 0.7}
 
 
 def by_gram(j):

@@ -17,7 +17,7 @@ from jgia.risk import (
 )
 
 
-def matrix(rows, columns, sigma, seed=0):
+def matrix(rows, columns, sigma, *, seed=0):
     rng = np.random.default_rng(seed)
     left, _ = np.linalg.qr(rng.normal(size=(rows, len(sigma))))
     right, _ = np.linalg.qr(rng.normal(size=(columns, len(sigma))))
@@ -28,7 +28,7 @@ def matrix(rows, columns, sigma, seed=0):
 @pytest.mark.parametrize("shape", [(30, 12), (7, 12)], ids=["tall", "short"])
 def test_routes_agree_with_lapack(route, shape):
     count = min(shape)
-    a = jnp.asarray(matrix(*shape, np.linspace(3, 0.5, count)))
+    a = jnp.asarray(matrix(shape[0], shape[1], np.linspace(3, 0.5, count)))
 
     def fn(x):
         moved = a @ x
