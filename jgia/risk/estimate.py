@@ -206,7 +206,7 @@ def estimate(
         ),
         dimensions=posterior.dimensions,
         information=posterior.information,
-        pixel_errors=posterior.pixel_errors + prior.tail_energy / images.size,
+        pixel_errors=posterior.pixel_errors + prior.tail_pixels,
         sigma=whole.singular_values() if settings.with_spectrum(prior.rank) else _nan(rows)[None],
         layer_risk=jnp.stack(
             [

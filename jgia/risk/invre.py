@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import PRNGKeyArray
@@ -23,7 +23,6 @@ from jgia.risk.release import Release, UpdateRelease
 from jgia.risk.spectrum import Choice, choose_route
 
 PyTree = Any
-_LARGE_ON_CPU = 128
 
 
 class RiskError(ValueError):
@@ -139,7 +138,7 @@ def invre(
     key_inputs, key_route = jax.random.split(key)
     choice = _choose(key_route, release, params, pixels, classes, whole, noise_std, shape, settings)
     settings = dataclasses.replace(settings, route=choice.route)
-    together = microbatch or _microbatch(len(pixels), whole.rank, choice, settings)
+    together = microbatch or _microbatch(len(pixels), choice, settings)
     parts: list[RiskEstimate] = []
     keys = jax.random.split(key_inputs, len(pixels))
     for start in range(0, len(pixels), together):
@@ -181,18 +180,16 @@ def _estimates(
     def one(key: Array, image: Array, label: Array) -> RiskEstimate:
         return estimate(key, release, params, image, label, prior, noise_std, settings)
 
-    if len(images) == 1:  # a batch axis of one costs LAPACK its threads
-        found = one(keys[0], images[0], labels[0])
-        return jax.tree.map(lambda leaf: leaf[None], found)
+    if jax.default_backend() == "cpu":
+        # Batched LAPACK calls that run beside each other were seen to wait for each other's threads
+        # forever on XLA:CPU; a batch axis of one also costs them their threads.
+        return lax.map(lambda inputs: one(*inputs), (keys, images, labels))
     return jax.vmap(one)(keys, images, labels)
 
 
-def _microbatch(count: int, rank: int, choice: Choice, settings: RiskSettings) -> int:
-    """Inputs at a time: as memory allows, but on CPU one if it is large.
-
-    One keeps every core busy there, and LAPACK on batches of large matrices was seen to stall.
-    """
-    if jax.default_backend() == "cpu" and rank > _LARGE_ON_CPU:
+def _microbatch(count: int, choice: Choice, settings: RiskSettings) -> int:
+    """Inputs at a time: as memory allows; on CPU one, which keeps every core busy."""
+    if jax.default_backend() == "cpu":
         return 1
     return max(1, min(count, 64, settings.memory_bytes // max(1, choice.peak_bytes)))
 

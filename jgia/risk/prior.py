@@ -161,6 +161,15 @@ class Prior:
         return self.tail_variance * (self.num_inputs - self.rank)
 
     @property
+    def tail_pixels(self) -> Float[Array, " inputs"]:
+        """The variances of single pixels that the rows of ``factor`` leave out."""
+        if self.factor is None or self.rank == self.num_inputs:
+            return jnp.zeros_like(self.mean)
+        lengths = jnp.linalg.norm(self.factor, axis=1, keepdims=True)
+        basis = self.factor / jnp.maximum(lengths, jnp.finfo(lengths.dtype).tiny)
+        return self.tail_variance * (1 - jnp.sum(basis**2, axis=0))
+
+    @property
     def energy(self) -> Array:
         """``tr Sigma``: the error of an attacker who only knows the prior, E0."""
         return self.variance * self.num_inputs

@@ -125,6 +125,9 @@ def test_low_rank_prior_brackets_the_full_one(case):
         whole = rows.T @ rows + float(low.tail_variance) * (np.eye(16) - basis.T @ basis)
         truth = run(case, Prior.gaussian(whole), route="svd")[0].estimates.invloss
         found = run(case, low, route="svd")[0].estimates
+        np.testing.assert_allclose(found.pixel_errors.sum(1), found.invloss, rtol=1e-9)
+        tail = float(low.tail_variance) * (1 - np.sum(basis**2, axis=0))
+        assert (found.pixel_errors >= tail * (1 - 1e-9)).all()
         assert (found.invloss_lower <= truth * (1 + 1e-9)).all()
         assert (truth <= found.invloss_upper * (1 + 1e-9)).all()
         gaps.append(float(np.mean(found.invloss_upper - found.invloss_lower)))
