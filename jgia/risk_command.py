@@ -20,7 +20,6 @@ from jgia.data import Dataset
 from jgia.methods import Progress
 from jgia.models import Victim, with_batch_norm
 from jgia.observation import ThreatModel
-from jgia.report.risk import RiskPictures, risk_figures
 from jgia.risk import (
     SUCCESS_PSNR,
     EmbeddingRelease,
@@ -31,6 +30,7 @@ from jgia.risk import (
     UpdateRelease,
     invre,
 )
+from jgia.risk.figures import RiskPictures, risk_figures
 from jgia.training import load_victim
 
 PyTree = Any
