@@ -103,7 +103,8 @@ def invre(
       noise_std: tau: standard deviation of the noise on every shared entry, in absolute terms.
         Without a defense it is what rounding and mismatch leave; it must be positive.
       settings: what to compute, and how.
-      microbatch: inputs at a time; from ``settings.memory_bytes`` if left out.
+      microbatch: inputs of one call of the device; from ``settings.memory_bytes`` if left out. On
+        CPU they are computed one after the other, whatever it is.
 
     Returns:
       A :class:`RiskReport`.
