@@ -38,7 +38,7 @@ def invloss_of_gram(
       In float32 the factor needs ``s^2 lambda_max / tau^2`` below about 1e7; beyond it the value is
       NaN: use :func:`invloss_of_jacobian`.
 
-    >>> float(invloss_of_gram(jnp.eye(2), noise_std=1.0, prior_variance=1.0))
+    >>> round(float(invloss_of_gram(jnp.eye(2), noise_std=1.0, prior_variance=1.0)), 6)
     1.0
     """
     s2 = jnp.asarray(prior_variance, gram.dtype)
