@@ -39,18 +39,19 @@ def main() -> None:
     from harness import machine, write_json
 
     rows: list[dict[str, Any]] = []
+    counts = (2,) if arguments.smoke else (1, 2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "case.npz"
         _write_case(path, side=8 if arguments.smoke else 32)
         for route in ROUTES:
-            for threads in (1, 2):
+            for threads in counts:
                 command = [sys.executable, __file__, "--worker", str(path), route]
                 rows.append({"name": route, "threads": threads, **_run(command, threads)})
                 _show(rows[-1])
         if arguments.peer_python is not None:
             peer = Path(__file__).with_name("risk_cost_peer.py")
             for mode in ("jacfwd", "jacrev"):
-                for threads in (1, 2):
+                for threads in counts:
                     command = [str(arguments.peer_python), str(peer), str(path), mode, str(threads)]
                     rows.append({"name": mode, "threads": threads, **_run(command, threads)})
                     _show(rows[-1])
