@@ -36,8 +36,7 @@ def scale_for_target(
 
     Raises:
       ValueError: the arguments, where their values are known (outside compiled functions), are out
-      of
-        range, or ``sigma`` is not a vector.
+        of range, or ``sigma`` is not a vector.
 
     Guarantees:
       The error at the result is ``target`` up to rounding. It increases with the target. jit,

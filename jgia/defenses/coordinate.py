@@ -50,10 +50,9 @@ def coordinate_noise(
       fn: the release as a function of the input.
       x: input of any shape, d entries.
       energy: expected squared norm of the noise, > 0.
-      num_probes: Gaussian directions that estimate the norms of the rows, ``||J_j||^2 = E (J
-      z)_j^2``
-        (relative standard deviation ``sqrt(2 / num_probes)`` of the square); ``None`` for all d
-        unit vectors, which is exact. Each is one Jacobian-vector product.
+      num_probes: Gaussian directions z that estimate the norms of the rows, ``||J_j||^2 = E (J
+        z)_j^2`` (relative standard deviation ``sqrt(2 / num_probes)`` of the square); ``None`` for
+        all d unit vectors, which is exact. Each is one Jacobian-vector product.
       floor: smallest ``|g_j|`` over the largest, in (0, 1]: where an entry is zero its noise
         would have no bound.
 

@@ -1,6 +1,6 @@
 """How much can leak, without attacking: InvLoss, InvRE, and what they are made of."""
 
-from jgia.risk.bounds import InvLossBracket, lower_bound, prior_draws, upper_bound
+from jgia.risk.bounds import InvLossBracket, invloss_bracket, lower_bound, prior_draws, upper_bound
 from jgia.risk.diagnostics import TRUSTED_RATIO, Diagnostics, diagnose
 from jgia.risk.estimate import SUCCESS_PSNR, RiskEstimate, RiskSettings, estimate
 from jgia.risk.invloss import (
@@ -80,6 +80,7 @@ __all__ = [
     "geometric_mean",
     "gram",
     "invloss",
+    "invloss_bracket",
     "invloss_bracket_by_quadrature",
     "invloss_of_gram",
     "invloss_of_jacobian",

@@ -33,6 +33,40 @@ class InvLossBracket(NamedTuple):
     upper: Float[Array, ""]
 
 
+def invloss_bracket(
+    key: PRNGKeyArray,
+    fn: Fn,
+    x: Float[Array, "*shape"],
+    prior: Prior,
+    *,
+    noise_std: float | Float[Array, ""],
+    num_draws: int = 32,
+    chunk_size: int = CHUNK,
+) -> InvLossBracket:
+    """:func:`lower_bound`, the closed form at ``x``, and :func:`upper_bound`, of one prior.
+
+    Args:
+      key: random key of the draws.
+      fn: the release.
+      x: where it is linearized.
+      prior: of the flattened input; of full rank.
+      noise_std: tau > 0.
+      num_draws: images over which each bound averages.
+      chunk_size: directions at a time.
+    """
+    key_low, key_high = jax.random.split(key)
+    rows = prior.rows()
+    moved = rows_of(push(fn, x, rows, chunk_size=chunk_size))
+    whitened = moved.T / jnp.asarray(noise_std, rows.dtype)
+    low = lower_bound(
+        key_low, fn, x.shape, prior, noise_std=noise_std, num_draws=num_draws, chunk_size=chunk_size
+    )
+    high = upper_bound(
+        key_high, fn, x, prior, noise_std=noise_std, num_draws=num_draws, chunk_size=chunk_size
+    )
+    return InvLossBracket(low, posterior_from_triangular(whitened, rows).error, high)
+
+
 def prior_draws(
     key: PRNGKeyArray, prior: Prior, count: int, center: Float[Array, " inputs"] | None = None
 ) -> Float[Array, "count inputs"]:

@@ -23,7 +23,7 @@ from jgia.risk.krylov import spectral_norm
 from jgia.risk.posterior import success_rates
 from jgia.risk.prior import Prior
 from jgia.risk.release import Release
-from jgia.risk.spectrum import Route
+from jgia.risk.spectrum import SAFE_NOISE, Route
 from jgia.risk.whitened import Whitened, whitened
 
 PyTree = Any
@@ -31,7 +31,6 @@ SUCCESS_PSNR = (18.0, 25.0, 30.0, 40.0)
 """PSNR in dB at which a reconstruction counts, as in the reports of attacks."""
 
 _LARGEST_SPECTRUM = 1024
-_SAFE_NOISE = 1e-2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -181,7 +180,7 @@ def estimate(
         upper = whole.scaled(noise_std**2 / (noise_std**2 + more)).posterior(rows).error
         upper = upper + prior.tail_energy
     squared = settings.route in ("rows", "gram", "structured") and rows.dtype == jnp.float32
-    safe = 1 / top >= _SAFE_NOISE if squared else jnp.ones((), bool)
+    safe = 1 / top >= SAFE_NOISE if squared else jnp.ones((), bool)
     if settings.diagnostics:
         checks = diagnose(
             key_diagnose,
@@ -220,17 +219,20 @@ def estimate(
         relative_noise=1 / top,
         diagnostics=checks,
         finite=jnp.isfinite(error) & jnp.isfinite(posterior.information),
-        **_isotropic(whole, prior, noise_std, settings),
+        **_isotropic(whole, prior, settings),
     )
 
 
-def _isotropic(
-    whole: Whitened, prior: Prior, noise_std: Array, settings: RiskSettings
-) -> dict[str, Array]:
+def _isotropic(whole: Whitened, prior: Prior, settings: RiskSettings) -> dict[str, Array]:
     """What depends on the Jacobian in pixels, not in the prior's coordinates."""
     nothing = _nan(whole.matrix)
-    names = ("isotropic", "cramer_rao", "minimax", "opnorm")
-    found = {f"invloss_{name}": nothing for name in names}
+    forms: dict[str, Form] = {
+        "isotropic": "mmse",
+        "cramer_rao": "cramer_rao",
+        "minimax": "minimax",
+        "opnorm": "opnorm",
+    }
+    found = {f"invloss_{name}": nothing for name in forms}
     found |= dict.fromkeys(("fil", "dfil", "dfil_bound", "i2f_bound"), nothing)
     if prior.rank < prior.num_inputs:
         return found
@@ -252,13 +254,7 @@ def _isotropic(
             found["invloss_isotropic"] = whole.posterior(prior.rows()).error
         return found
     sigma = pixels.singular_values()
-    forms: tuple[tuple[str, Form], ...] = (
-        ("isotropic", "mmse"),
-        ("cramer_rao", "cramer_rao"),
-        ("minimax", "minimax"),
-        ("opnorm", "opnorm"),
-    )
-    for name, form in forms:
+    for name, form in forms.items():
         found[f"invloss_{name}"] = invloss(
             sigma, noise_std=1.0, prior_variance=prior.variance, num_inputs=count, form=form
         )

@@ -198,7 +198,7 @@ def _microbatch(count: int, choice: Choice, settings: RiskSettings) -> int:
 def _shared(arrays: Any) -> Any:
     """Spread inputs over devices where there are several and their number divides."""
     devices = jax.devices()
-    count = len(jax.tree.leaves(arrays)[1])
+    count = len(arrays[1])
     if len(devices) == 1 or count % len(devices):
         return arrays
     sharding = NamedSharding(Mesh(np.asarray(devices), ("inputs",)), PartitionSpec("inputs"))

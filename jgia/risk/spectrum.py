@@ -22,7 +22,8 @@ Route = Literal["svd", "qr", "rows", "gram", "structured", "krylov"]
 _SVD_ENTRIES = 2**24
 _SVD_INPUTS = 1024
 _LARGEST_EXACT = 8192
-_SAFE_NOISE = 1e-2
+SAFE_NOISE = 1e-2
+"""Noise over the largest signal from which squaring in float32 loses nothing that matters."""
 
 
 @jax.tree_util.register_dataclass
@@ -123,7 +124,7 @@ def choose_route(
     small = p * k <= _SVD_ENTRIES and k <= _SVD_INPUTS
     if small and needs["svd"] <= memory_bytes:
         return Choice("svd", "the Jacobian is small", needs["svd"])
-    precise = item == 8 or (relative_noise is not None and relative_noise >= _SAFE_NOISE)
+    precise = item == 8 or (relative_noise is not None and relative_noise >= SAFE_NOISE)
     if precise and needs["rows"] <= memory_bytes:
         return Choice("rows", "noise hides what squaring loses", needs["rows"])
     if precise and needs["gram"] <= memory_bytes:

@@ -29,6 +29,7 @@ from jgia.risk.posterior import (
 )
 from jgia.risk.prior import Prior
 from jgia.risk.release import Release, UpdateRelease
+from jgia.risk.spectrum import spectrum_of_gram
 from jgia.risk.structured import structured_grams
 
 PyTree = Any
@@ -64,8 +65,7 @@ class Whitened(NamedTuple):
     def singular_values(self) -> Array:
         """All k, largest first."""
         if self.gram is not None:
-            values = jnp.linalg.eigvalsh(self.gram)[::-1]
-            return jnp.sqrt(jnp.where(values < 0, 0, values))
+            return spectrum_of_gram(self.gram)[0]
         assert self.triangular is not None
         values = jnp.linalg.svd(self.triangular, compute_uv=False)
         return jnp.pad(values, (0, self.triangular.shape[1] - values.shape[0]))

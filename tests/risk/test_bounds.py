@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from jgia.risk import Prior, invloss, lower_bound, prior_draws, upper_bound
+from jgia.risk import Prior, invloss, invloss_bracket, lower_bound, prior_draws, upper_bound
 
 J = np.random.default_rng(0).normal(size=(6, 3))
 
@@ -29,6 +29,10 @@ def test_bracket_is_tight_for_a_linear_release(kind):
     high = upper_bound(jax.random.key(1), linear, jnp.zeros(3), prior, noise_std=0.5)
     np.testing.assert_allclose(low, truth, rtol=1e-10)
     np.testing.assert_allclose(high, truth, rtol=1e-6)
+    both = invloss_bracket(
+        jax.random.key(2), linear, jnp.zeros(3), prior, noise_std=0.5, num_draws=3
+    )
+    np.testing.assert_allclose(both, truth, rtol=1e-6)
     if kind == "isotropic":
         values = jnp.asarray(np.linalg.svd(J, compute_uv=False))
         closed = invloss(values, noise_std=0.5, prior_variance=0.4, num_inputs=3)
