@@ -20,7 +20,7 @@ from jgia.risk.invloss import (
 )
 from jgia.risk.jacobian import CHUNK
 from jgia.risk.krylov import spectral_norm
-from jgia.risk.posterior import success_rates
+from jgia.risk.posterior import Posterior, success_rates
 from jgia.risk.prior import Prior
 from jgia.risk.release import Release
 from jgia.risk.spectrum import SAFE_NOISE, Route
@@ -194,6 +194,7 @@ def estimate(
     else:
         checks = Diagnostics(_nan(rows), _nan(rows), safe)
     value = jax.tree.leaves(fn(images))
+    sigma = whole.singular_values() if settings.with_spectrum(prior.rank) else None
     return RiskEstimate(
         risk=recoverable_fraction(error, prior.energy),
         invloss=error,
@@ -206,7 +207,7 @@ def estimate(
         dimensions=posterior.dimensions,
         information=posterior.information,
         pixel_errors=posterior.pixel_errors + prior.tail_pixels,
-        sigma=whole.singular_values() if settings.with_spectrum(prior.rank) else _nan(rows)[None],
+        sigma=_nan(rows)[None] if sigma is None else sigma,
         layer_risk=jnp.stack(
             [
                 recoverable_fraction(part.posterior(rows).error + prior.tail_energy, prior.energy)
@@ -219,12 +220,21 @@ def estimate(
         relative_noise=1 / top,
         diagnostics=checks,
         finite=jnp.isfinite(error) & jnp.isfinite(posterior.information),
-        **_isotropic(whole, prior, settings),
+        **_isotropic(whole, prior, posterior, sigma),
     )
 
 
-def _isotropic(whole: Whitened, prior: Prior, settings: RiskSettings) -> dict[str, Array]:
-    """What depends on the Jacobian in pixels, not in the prior's coordinates."""
+def _isotropic(
+    whole: Whitened, prior: Prior, posterior: Posterior, sigma: Array | None
+) -> dict[str, Array]:
+    """What depends on the Jacobian in pixels, not in the prior's coordinates.
+
+    Args:
+      whole: in the prior's coordinates.
+      prior: its prior.
+      posterior: under that prior.
+      sigma: singular values of ``whole`` where they are wanted.
+    """
     nothing = _nan(whole.matrix)
     forms: dict[str, Form] = {
         "isotropic": "mmse",
@@ -249,11 +259,12 @@ def _isotropic(whole: Whitened, prior: Prior, settings: RiskSettings) -> dict[st
         ),
         "i2f_bound": jnp.sqrt(pixels.trace()) / largest**2,
     }
-    if not settings.with_spectrum(count):
-        if prior.factor is None:
-            found["invloss_isotropic"] = whole.posterior(prior.rows()).error
+    if prior.factor is None:
+        found["invloss_isotropic"] = posterior.error
+    if sigma is None:
         return found
-    sigma = pixels.singular_values()
+    flat = prior.factor is None
+    sigma = sigma / jnp.sqrt(prior.variance) if flat else pixels.singular_values()
     for name, form in forms.items():
         found[f"invloss_{name}"] = invloss(
             sigma, noise_std=1.0, prior_variance=prior.variance, num_inputs=count, form=form
