@@ -167,6 +167,7 @@ def _curve_line(row: dict[str, Any]) -> str:
 def speed(setup: Setup) -> dict[str, Any]:
     """Iterations a second of whole calls, both sides at their best threads."""
     specs = [Speed("lenet", 1, 5, 5.0)] if setup.smoke else list(SPEEDS)
+    specs = [spec for spec in specs if not setup.only or spec.model in setup.only]
     rows = []
     for spec in specs:
         with _contenders(setup, spec) as turns:
@@ -308,7 +309,7 @@ def main() -> None:
     parser.add_argument(
         "--trained", nargs="*", default=[], metavar="NAME=FOLDER", help="victims (quality)"
     )
-    parser.add_argument("--models", nargs="*", default=[], help="only these (quality)")
+    parser.add_argument("--models", nargs="*", default=[], help="only these (speed, quality)")
     given = parser.parse_args()
     chosen = given.sections or [name for name in sections if given.smoke or name != "device"]
     chosen = ["device"] if given.device else chosen
