@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 
 from jgia._clock import StageClock
 from jgia.attacks import ares
+from jgia.audit_risk import audit_risk, with_attack
 from jgia.config import AuditConfig, DataConfig, ModelConfig
 from jgia.data import Dataset, load_dataset, split_client_public
 from jgia.defenses import make_defense
@@ -42,6 +43,8 @@ class AuditOutcome:
       truth: the client's examples, or ``None`` where they are not known.
       observation: what the attack was given.
       captions: class name of every true image, for the report.
+      pixel_errors: (n, H, W, C) of the first n true images, what the best attack is expected to
+        leave of every pixel, squared; ``None`` where no risk was estimated.
     """
 
     result: dict[str, Any]
@@ -49,6 +52,7 @@ class AuditOutcome:
     truth: Truth | None
     observation: Observation
     captions: tuple[str, ...] | None = None
+    pixel_errors: np.ndarray | None = None
 
 
 def run_audit(
@@ -76,6 +80,7 @@ def run_audit(
     report = progress or (lambda stage, done, total: None)
     clock = StageClock()
     key_craft, key_client, key_attack = jax.random.split(jax.random.key(config.seed), 3)
+    key_risk = jax.random.fold_in(jax.random.key(config.seed), 3)
 
     report("loading images", 0, 1)
     with clock.stage("setup_s"):
@@ -120,6 +125,20 @@ def run_audit(
         )
     if reconstruction.labels is not None:
         scores["label_accuracy"] = _label_accuracy(reconstruction.labels, labels)
+    risk = None
+    if config.risk.risk_images:
+        report("estimating the risk", 0, 1)
+        with clock.stage("risk_s"):
+            risk = audit_risk(
+                key_risk,
+                config,
+                victim,
+                params,
+                images,
+                labels,
+                public=calibration,
+                declared_noise_std=observation.threat_model.noise_std,
+            )
     expected = None
     if plan is not None and plan.bin_masses is not None:
         expected = ares.expected_singletons(plan.bin_masses, len(images))
@@ -137,12 +156,15 @@ def run_audit(
         expected=expected,
         scores=scores,
     )
+    if risk is not None:
+        result["risk"] = with_attack(risk.record, scores["psnr"]["per_image"])
     return AuditOutcome(
         result=result,
         reconstruction=reconstruction,
         truth=truth,
         observation=observation,
         captions=tuple(client.class_names[label] for label in labels),
+        pixel_errors=None if risk is None else risk.pixel_errors,
     )
 
 

@@ -311,6 +311,9 @@ def _train_victim(config: TrainConfig, argv: list[str], console: Console) -> int
     ):
         if metrics is not None:
             print(f"{metrics.accuracy:.1%} of {count} {part} images right, loss {metrics.loss:.3f}")
+    if (risk := trained.history[-1].risk) is not None:
+        noise = config.risk_noise_std
+        print(f"{risk:.1%} of an image recoverable from its gradient at noise {noise:g} (estimate)")
     for path in outcome.paths:
         print(path)
     return 0
@@ -375,6 +378,7 @@ def _write(folder: Path, outcome: AuditOutcome) -> dict[str, Path]:
         history=None
         if (history := reconstruction.history) is None
         else SearchHistory(**vars(history)),
+        pixel_errors=outcome.pixel_errors,
     )
 
 

@@ -19,17 +19,15 @@ from jgia.config.risk import RiskConfig
 from jgia.data import Dataset
 from jgia.methods import Progress
 from jgia.models import Victim, with_batch_norm
-from jgia.observation import ThreatModel
 from jgia.risk import (
     SUCCESS_PSNR,
     EmbeddingRelease,
-    Prior,
     Release,
     RiskReport,
     RiskSettings,
-    UpdateRelease,
     invre,
 )
+from jgia.risk.configured import client_release, make_prior
 from jgia.risk.figures import RiskPictures, risk_figures
 from jgia.training import load_victim
 
@@ -81,7 +79,7 @@ def run_risk(
         release = make_release(config, victim)
         images, labels = client.take(np.arange(len(client)))
         pixels, _ = public.take(np.arange(len(public)))
-        prior = make_prior(config, pixels)
+        prior = make_prior(config.prior, pixels, rank=config.prior_rank, shrinkage=config.shrinkage)
     groups = (config.images // config.together, config.together)
     inputs = images.reshape(*groups, *images.shape[1:])
     classes = labels.reshape(groups)
@@ -180,33 +178,13 @@ def make_release(config: RiskConfig, victim: Victim) -> Release:
     """What the configured client shares, as a function of its images."""
     if config.embedding is not None:
         return EmbeddingRelease(victim=victim, layer=config.embedding)
-    client = config.client
-    threat = ThreatModel(server="honest_but_curious", visible_layers=config.visible_layers)
-    if client.protocol == "fedavg":
-        per_epoch = math.ceil(config.together / (client.local_batch_size or config.together))
-        threat = dataclasses.replace(
-            threat,
-            protocol="fedavg",
-            local_steps=client.local_epochs * per_epoch,
-            local_epochs=client.local_epochs,
-            local_batch_size=client.local_batch_size,
-            local_learning_rate=client.learning_rate,
-            local_optimizer=client.optimizer,
-            local_momentum=client.momentum,
-        )
-    return UpdateRelease(victim=victim, threat_model=threat, clip_norm=config.clip_norm)
-
-
-def make_prior(config: RiskConfig, pixels: np.ndarray) -> Prior:
-    """The configured prior from public images (N, H, W, C)."""
-    if config.prior == "isotropic":
-        size = pixels[0].size
-        return Prior.isotropic(
-            size, variance=float(pixels.var(0).mean()), mean=float(pixels.mean())
-        )
-    if config.prior == "low_rank":
-        return Prior.low_rank(pixels, rank=config.prior_rank)
-    return Prior.from_data(pixels, shrinkage=config.shrinkage)
+    return client_release(
+        config.client,
+        victim,
+        num_examples=config.together,
+        visible_layers=config.visible_layers,
+        clip_norm=config.clip_norm,
+    )
 
 
 def _sent(

@@ -35,8 +35,9 @@ ALLOWED = {
     "risk": BASE | {"models", "observation", "replay"},
     "metrics": {"_checks"},
     "report": {"_checks", "_io"},
-    "training": BASE | {"_io", "data", "federated", "models"},
+    "training": BASE | {"_io", "data", "federated", "models", "risk"},
     "methods": BASE | {"_clock", "models", "observation", "attacks"},
+    "audit_risk": BASE | {"models", "risk"},
     "audit": None,  # the composition sees everything but the command line
     "exchange": None,
     "train_command": None,

@@ -16,6 +16,7 @@ from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
 from jgia.config.model import ModelConfig
 from jgia.config.performance import PerformanceFlags
+from jgia.config.risk import AuditRiskOptions
 
 AttackName = Literal[
     "ares",
@@ -45,6 +46,7 @@ class AuditConfig:
     matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
+    risk: AuditRiskOptions = dataclasses.field(default_factory=AuditRiskOptions)
 
     attack: AttackName = "ares"
     """The attack to run. A malicious server: `ares`, or one of the baselines before it: `rtf`
@@ -74,6 +76,13 @@ class AuditConfig:
                 f"num_clients={self.client.num_clients} clients cannot share batch={self.batch} "
                 "images: each needs at least one."
             )
+        if self.risk.risk_images > self.batch:
+            raise ValueError(
+                f"risk_images={self.risk.risk_images} exceeds batch={self.batch}: they are among "
+                "the client's images."
+            )
+        if self.risk.risk_images and self.client.num_clients > 1:
+            raise ValueError("risk_images estimates one client's update; use num_clients=1.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2^32 - 1, got {self.seed}.")
 

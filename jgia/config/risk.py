@@ -102,3 +102,29 @@ class RiskConfig:
             raise ValueError("an embedding has no clip_norm and no visible_layers; leave them out.")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2^32 - 1, got {self.seed}.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AuditRiskOptions:
+    """The estimate that an audit sets beside its attack."""
+
+    risk_images: int = 0
+    """Also estimate, without attacking (`jgia risk`), how well any attack could reconstruct each of
+    so many of the client's images, taking the others of its batch for known; 0 for none."""
+
+    risk_noise_std: float = 1e-3
+    """Standard deviation of the noise to assume on every shared entry where no defense states
+    its own."""
+
+    risk_prior: PriorName = "gaussian"
+    """What the attacker is taken to expect of an image (see `jgia risk --prior`); `low_rank` is
+    quicker for images of many pixels."""
+
+    risk_prior_rank: int = 256
+    """Components of a low-rank prior; as many as there are public images at most."""
+
+    def __post_init__(self) -> None:
+        _checks.at_least(0, risk_images=self.risk_images)
+        _checks.at_least(1, risk_prior_rank=self.risk_prior_rank)
+        _checks.positive(risk_noise_std=self.risk_noise_std)
+        _checks.one_of(get_args(PriorName), risk_prior=self.risk_prior)

@@ -42,8 +42,37 @@ class TrainOptions:
     crop: bool = True
     """Shift training images by up to an eighth of their side, zeros moving in."""
 
+    risk_weight: float = 0.0
+    """Weight, beside the cross-entropy, of the fraction of an image that the best attack recovers
+    from its gradient (see `jgia risk`); 0 to train without."""
+
+    risk_noise_std: float = 1e-2
+    """Standard deviation of the noise that the gradient is thought to carry; only with
+    `--risk-weight`, as the following."""
+
+    risk_images: int = 2
+    """Images of a batch whose gradients are considered."""
+
+    risk_every: int = 4
+    """Steps from one with the term to the next; it then weighs as much more."""
+
+    risk_probes: int = 4
+    """Random directions for each image: more of them, less variance."""
+
+    risk_iterations: int = 60
+    """Conjugate-gradient steps for each direction: fewer estimate more risk than there is."""
+
     def __post_init__(self) -> None:
         _checks.at_least(1, epochs=self.epochs, batch_size=self.batch_size)
+        _checks.at_least(
+            1,
+            risk_images=self.risk_images,
+            risk_every=self.risk_every,
+            risk_probes=self.risk_probes,
+            risk_iterations=self.risk_iterations,
+        )
+        _checks.non_negative(risk_weight=self.risk_weight)
+        _checks.positive(risk_noise_std=self.risk_noise_std)
         _checks.one_of(_LEARNING_RATES, optimizer=self.optimizer)
         _checks.one_of(("cosine", "constant"), schedule=self.schedule)
         _checks.non_negative(weight_decay=self.weight_decay)

@@ -33,6 +33,14 @@ def print_summary(
     counts = result["attack"]["status_counts"]
     listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     console.print(Text(f"Candidates: {listed or 'none'}"))
+    if (risk := result.get("risk")) is not None:
+        console.print(
+            Text(
+                f"Risk without an attack: {words.percent(risk['mean'])} of what is not known "
+                f"beforehand recoverable ({words.plural(risk['num_images'], 'image')}, noise "
+                f"{words.number(risk['noise_std'])}, {risk['noise_from']})"
+            )
+        )
     timings = result["timings"]
     console.print(
         Text(

@@ -14,6 +14,7 @@ from jgia.report import words
 from jgia.report.markup import Html, definitions, element, join, page, section, table
 from jgia.report.pairs import image_section
 from jgia.report.records import HEADLINE_DB, LEVELS, THRESHOLDS, Number
+from jgia.report.risk import risk_section
 from jgia.report.schema import validate_result
 from jgia.report.search import SearchHistory, search_section
 
@@ -25,6 +26,7 @@ _TIMING_NAMES = {
     "leak_s": "Read-out",
     "invert_s": "Inversion",
     "search_s": "Search",
+    "risk_s": "Risk estimate",
     "total_s": "Total",
 }
 
@@ -37,6 +39,7 @@ def render_html(
     statuses: Sequence[str | None] | None = None,
     labels: Sequence[str] | None = None,
     history: SearchHistory | None = None,
+    pixel_errors: Float[np.ndarray, "k h w c"] | None = None,
 ) -> str:
     """Render a result as one HTML file that loads nothing and runs no script.
 
@@ -48,6 +51,8 @@ def render_html(
       statuses: the attack's status of each aligned reconstruction, ``None`` where unmatched.
       labels: a caption per image, such as its class name.
       history: of the search, for attacks that iterate.
+      pixel_errors: expected squared error of every pixel of the first originals, where a risk was
+        estimated.
 
     Returns:
       The text of the page, below 8 MB: where the images would not fit, they are averaged down
@@ -71,6 +76,7 @@ def render_html(
             image_section(result, originals, aligned, statuses, labels),
             search_section(history),
             _scores(result),
+            risk_section(result.get("risk"), originals, pixel_errors),
             _candidates(result),
             _reproduce(result),
         ),

@@ -176,6 +176,49 @@ class Scores(TypedDict):
     matching: list[Count | None]
 
 
+class ImageRisk(TypedDict):
+    """How well any attack could reconstruct one image, and how well this one did."""
+
+    risk: Share
+    predicted_psnr: Decibel
+    invloss: float | None
+    information: float | None
+    linearization_ratio: float | None
+    attack_psnr: Decibel
+
+
+class LayerRisk(TypedDict):
+    """The risk of one layer's update alone, over images."""
+
+    mean: Share
+    worst: Share
+
+
+class SpectrumRecord(TypedDict):
+    """Singular values over the noise at a few ranks, means over images."""
+
+    ranks: list[Positive]
+    signal_over_noise: list[float]
+
+
+class Risk(TypedDict):
+    """What any attack could get from the update, estimated without one."""
+
+    num_images: Positive
+    mean: Share
+    worst: Share
+    noise_std: Annotated[float, Bounds(0)]
+    noise_from: Literal["the defense", "assumed"]
+    prior: Literal["gaussian", "isotropic", "low_rank"]
+    prior_rank: Positive
+    prior_energy: float
+    route: str
+    left_out: list[str]
+    images: list[ImageRisk]
+    layers: dict[str, LayerRisk]
+    spectrum: SpectrumRecord | None
+
+
 class Result(TypedDict):
     """The whole of ``result.json``."""
 
@@ -189,6 +232,7 @@ class Result(TypedDict):
     threat_model: ThreatModelRecord
     attack: Attack
     scores: Scores | None
+    risk: NotRequired[Risk]
 
 
 EXTRA: dict[Any, Any] = {Timings: Seconds, Candidate: Scalar}

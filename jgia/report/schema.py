@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_or
 from jgia.report import records
 from jgia.report.records import Bounds, Result
 
-SCHEMA_VERSION = "1.2"
+SCHEMA_VERSION = "1.3"
 """Version of the schema: minor versions add keys, major versions change or remove them."""
 
 _SLACK = 1e-9  # a closed-form interval at rate 1 can round to just past 1
@@ -34,7 +34,7 @@ def validate_result(result: object) -> None:
     Raises:
       ValueError: the first problem found, as ``result.scores.psnr.median: expected ...``.
 
-    >>> validate_result({"version": "1.2"})
+    >>> validate_result({"version": "1.3"})
     Traceback (most recent call last):
     ValueError: result.command: this key is missing; expected a string.
     """
@@ -51,6 +51,12 @@ def validate_result(result: object) -> None:
     _check_attack(checked["attack"])
     if checked["scores"] is not None:
         _check_scores(checked["scores"])
+    if "risk" in checked and len(checked["risk"]["images"]) != checked["risk"]["num_images"]:
+        raise _problem(
+            "result.risk.images",
+            f"one entry per estimated image, {checked['risk']['num_images']}",
+            len(checked["risk"]["images"]),
+        )
 
 
 def in_schema_order(result: Mapping[str, Any]) -> dict[str, Any]:

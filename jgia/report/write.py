@@ -35,6 +35,7 @@ def write_report(
     labels: Sequence[str] | None = None,
     classes: Int[np.ndarray, " j"] | None = None,
     history: SearchHistory | None = None,
+    pixel_errors: Float[np.ndarray, "k h w c"] | None = None,
 ) -> dict[str, Path]:
     """Write ``report.html``, ``result.json``, ``reconstructions.npz`` and ``grid.png``.
 
@@ -52,6 +53,8 @@ def write_report(
       labels: a caption per shown image (per original, or per reconstruction without originals).
       classes: (J,) the label of each reconstruction that the attack inferred or was given.
       history: of the search, for attacks that iterate.
+      pixel_errors: expected squared error of every pixel of the first originals, where a risk was
+        estimated.
 
     Returns:
       The path of each file by its name.
@@ -70,7 +73,13 @@ def write_report(
     shown = slice(0, MAX_SHOWN)
     contents = {
         "report.html": render_html(
-            result, originals, aligned, statuses=aligned_statuses, labels=labels, history=history
+            result,
+            originals,
+            aligned,
+            statuses=aligned_statuses,
+            labels=labels,
+            history=history,
+            pixel_errors=pixel_errors,
         ).encode("utf-8"),
         "result.json": to_json(result).encode("utf-8"),
         "reconstructions.npz": _npz(
@@ -81,6 +90,7 @@ def write_report(
                 "truth_index": index,
                 **({} if classes is None else {"labels": np.asarray(classes, np.int64)}),
                 **({} if history is None else history.arrays()),
+                **({} if pixel_errors is None else {"pixel_errors": pixel_errors}),
             }
         ),
         "grid.png": grid_png(

@@ -21,6 +21,7 @@ from jgia.data import Dataset
 from jgia.models import Victim, with_batch_norm, with_buffers
 from jgia.training import checkpoint as checkpoints
 from jgia.training.augment import augmented
+from jgia.training.leakage import LeakageTerm, leakage_term
 from jgia.training.measure import Metrics, evaluate, folded, in_unit_range
 
 PyTree = Any
@@ -44,11 +45,14 @@ class Epoch:
       train: means over the images as they came by: augmented, and under parameters that were
         still changing.
       test: on the test images after the epoch; ``None`` without any.
+      risk: estimated fraction of an image that its gradient gives away, in [0, 1], the mean over
+        the steps that computed it; ``None`` where training has no such term.
     """
 
     epoch: int
     train: Metrics
     test: Metrics | None
+    risk: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -159,6 +163,8 @@ class _Run:
         test: Dataset | None,
     ) -> None:
         self._key_init, self._key_epochs = jax.random.split(key)
+        self._key_probes = jax.random.fold_in(self._key_epochs, options.epochs)  # of no epoch
+        self._term = leakage_term(options, victim, dataset)
         self._victim, self._dataset, self._options, self._test = victim, dataset, options, test
         self._training = self._plain = victim
         inputs = jax.ShapeDtypeStruct((1, *victim.input_shape), "float32")
@@ -193,10 +199,14 @@ class _Run:
             progress(stage, i, self._per_epoch)
             images = augmented(rng, dataset.images[rows], flip=options.flip, crop=options.crop)
             batch = jnp.asarray(images), jnp.asarray(dataset.labels[rows])
-            state, result = _step(self._training, options, self._num_steps, state, *batch)
+            due = (epoch * self._per_epoch + i) % options.risk_every == 0
+            statics = self._training, options, self._num_steps, self._term if due else None
+            state, result = _step(*statics, state, *batch, self._key_probes)
             results.append(result)
-        loss, accuracy = np.asarray(jax.device_get(results), np.float64).mean(axis=0).tolist()
+        table = np.asarray(jax.device_get(results), np.float64)
+        loss, accuracy, _ = table.mean(axis=0).tolist()
         train = Metrics(loss=loss, accuracy=accuracy)
+        risks = table[np.isfinite(table[:, 2]), 2]
         progress(stage, self._per_epoch, self._per_epoch)
         test = None if self._test is None else self._evaluate(state, self._test)
         for metrics in (train, test):
@@ -205,7 +215,8 @@ class _Run:
                     f"the loss is {metrics.loss} in epoch {epoch + 1}; lower learning_rate="
                     f"{options.initial_learning_rate:g}."
                 )
-        return state, Epoch(epoch=epoch + 1, train=train, test=test)
+        risk = float(risks.mean()) if len(risks) else None
+        return state, Epoch(epoch=epoch + 1, train=train, test=test, risk=risk)
 
     def finish(self, state: _State, history: tuple[Epoch, ...]) -> TrainedVictim:
         victim, params = self._victim, jax.device_get(state.params)
@@ -228,25 +239,35 @@ class _Run:
         return evaluate(self._plain, folded(state.params, state.statistics), dataset)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3), donate_argnums=4)
 def _step(
     victim: Victim,
     options: TrainOptions,
     num_steps: int,
+    term: LeakageTerm | None,
     state: _State,
     images: Array,
     labels: Array,
-) -> tuple[_State, tuple[Array, Array]]:
+    key_probes: Array,
+) -> tuple[_State, tuple[Array, Array, Array]]:
+    """One step; with its cross-entropy, accuracy and leakage (NaN without a term)."""
     dtype = next(iter(jax.tree.leaves(state.params))).dtype
-    inputs = victim.normalization.normalize(in_unit_range(images, dtype))
+    pixels = in_unit_range(images, dtype)
+    inputs = victim.normalization.normalize(pixels)
 
-    def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, PyTree]]:
+    def loss_fn(params: PyTree) -> tuple[Array, tuple[Array, Array, Array, PyTree]]:
         logits, statistics = victim.apply_with_statistics(params, inputs)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         correct = logits.argmax(axis=1).astype(labels.dtype) == labels
-        return losses.mean(), (correct.astype(dtype).mean(), statistics)
+        loss = total = losses.mean()
+        risk = jnp.full((), jnp.nan, dtype)
+        if term is not None:
+            key = jax.random.fold_in(key_probes, state.step)
+            risk = term.fraction(key, victim, params, pixels, labels)
+            total = loss + term.weight * risk
+        return total, (loss, correct.astype(dtype).mean(), risk, statistics)
 
-    (loss, (accuracy, found)), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+    gradient, (loss, accuracy, risk, found) = jax.grad(loss_fn, has_aux=True)(state.params)
     with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer step count
         change, optimizer = _optimizer(options, num_steps).update(
             gradient, state.optimizer, state.params
@@ -257,7 +278,7 @@ def _step(
         optimizer=optimizer,
         statistics=jax.tree.map(lambda r, s: decay * r + (1 - decay) * s, state.statistics, found),
         step=state.step + 1,
-    ), (loss, accuracy)
+    ), (loss, accuracy, risk)
 
 
 def _optimizer(options: TrainOptions, num_steps: int) -> optax.GradientTransformation:
@@ -298,7 +319,8 @@ def _so_far(history: list[Epoch]) -> str:
 
 def _epoch(record: dict[str, Any]) -> Epoch:
     test = None if record["test"] is None else Metrics(**record["test"])
-    return Epoch(epoch=record["epoch"], train=Metrics(**record["train"]), test=test)
+    train = Metrics(**record["train"])
+    return Epoch(epoch=record["epoch"], train=train, test=test, risk=record["risk"])
 
 
 def _silent(stage: str, done: int, total: int) -> None:

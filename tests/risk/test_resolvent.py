@@ -107,6 +107,35 @@ def test_probes_are_unbiased():
         risk(params(), num_probes=2)
 
 
+def test_the_iterative_method_is_the_surrogate_with_the_same_probes():
+    probes = {"key": jax.random.key(3), "num_probes": 8}
+    exact = jax.grad(lambda p: risk(p, **probes))(params())
+    options = probes | {"key": jax.random.key(3), "method": "iterative"}
+    found, gradient = jax.jit(jax.value_and_grad(lambda p: risk(p, **options)))(params())
+    for name in exact:
+        np.testing.assert_allclose(gradient[name], exact[name], rtol=2e-3, atol=1e-5)
+    draws = jax.random.split(jax.random.key(4), 500)
+    one = jax.jit(jax.vmap(lambda key: risk(params(), key=key, num_probes=2, method="iterative")))(
+        draws
+    )
+    spread = float(one.std()) / np.sqrt(500)
+    assert abs(float(one.mean()) - float(risk(params()))) < 4 * spread
+    assert np.isfinite(float(found))
+
+
+def test_iterations_that_stop_early_estimate_too_much_risk():
+    options = {"num_probes": 8, "method": "iterative"}
+    values = [
+        float(risk(params(), key=jax.random.key(5), num_iterations=count, **options))
+        for count in (1, 2, 3)
+    ]
+    assert values[0] < values[1] <= values[2] * (1 + 1e-6)
+    with pytest.raises(ValueError, match="give num_probes"):
+        risk(params(), method="iterative")
+    with pytest.raises(ValueError, match="num_iterations"):
+        risk(params(), key=jax.random.key(5), num_iterations=0, **options)
+
+
 def test_descent_lowers_the_risk():
     p = params()
     before = float(risk(p))
