@@ -135,7 +135,7 @@ def audit_risk(
             for index, one in enumerate(jax.random.split(key, count))
         ]
     estimates: Any = jax.tree.map(lambda *x: np.concatenate(x), *(one.estimates for one in found))
-    left_out = sorted(defenses - _MODELED)
+    left_out: list[str] = sorted(defenses - _MODELED)
     if "dp_sgd" in defenses and config.client.protocol == "fedavg":
         left_out.append("dp_sgd's clipping of every example")
     record = {

@@ -1,6 +1,7 @@
 """The estimate of an audit: the same as that of the risk command, and what it leaves out."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,7 @@ def test_what_is_refused():
         AuditConfig(batch=2, risk=AuditRiskOptions(risk_images=3))
     with pytest.raises(ValueError, match="use num_clients=1"):
         AuditConfig(client=ClientConfig(num_clients=2), risk=AuditRiskOptions(risk_images=3))
-    for bad in ({"risk_noise_std": 0.0}, {"risk_prior_rank": 0}):
+    refused: tuple[dict[str, Any], ...] = ({"risk_noise_std": 0.0}, {"risk_prior_rank": 0})
+    for bad in refused:
         with pytest.raises(ValueError, match=next(iter(bad))):
             AuditRiskOptions(**bad)

@@ -125,8 +125,9 @@ def differentiable_invloss(
         assert key is not None  # checked above
         signs = jax.random.rademacher(key, (num_probes, x.size), x.dtype)
     if method == "iterative":
+        assert signs is not None  # checked above
         solved = _solve(lambda z: fn(held, z), x, signs, s2 / tau**2, num_iterations)
-        value = s2 * jnp.sum(signs * solved) / num_probes
+        value = s2 * jnp.mean(jnp.sum(signs * solved, axis=1))
     else:
         k = gram(lambda z: fn(held, z), x, chunk_size=chunk_size)
         eye = jnp.eye(x.size, dtype=x.dtype)

@@ -1,6 +1,7 @@
 """The leakage term: what it estimates, what it does to training, and what it refuses."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def test_training_with_the_term_leaks_less(stripes, models):
         for weight in (0.0, 2.0)
     )
     assert [epoch.risk for epoch in plain.history] == [None] * 6
-    assert all(0 < epoch.risk < 1 for epoch in guarded.history)
+    assert all(epoch.risk and 0 < epoch.risk < 1 for epoch in guarded.history)
     leaks = [
         exact_fraction(victim, trained.params, dataset, count=12, noise_std=0.02, variance=0.05)
         for trained in (plain, guarded)
@@ -103,7 +104,8 @@ def test_convolutions_pass(stripes):
     victim = make_victim("lenet", input_shape=(6, 4, 1), num_classes=2, widths=(2, 2, 2))
     options = dataclasses.replace(OPTIONS, risk_weight=0.1, epochs=1, risk_iterations=5)
     trained = train_victim(jax.random.key(3), victim, stripes(), options)
-    assert 0 < trained.history[0].risk < 1
+    risk = trained.history[0].risk
+    assert risk and 0 < risk < 1
 
 
 def test_what_is_refused(stripes, models):
@@ -115,6 +117,11 @@ def test_what_is_refused(stripes, models):
     flat = dataclasses.replace(stripes(), images=np.zeros((24, 6, 4, 1), np.uint8))
     with pytest.raises(ValueError, match="nothing that could leak"):
         train_victim(jax.random.key(3), victim, flat, options)
-    for bad in ({"risk_weight": -1.0}, {"risk_noise_std": 0.0}, {"risk_every": 0}):
+    refused: tuple[dict[str, Any], ...] = (
+        {"risk_weight": -1.0},
+        {"risk_noise_std": 0.0},
+        {"risk_every": 0},
+    )
+    for bad in refused:
         with pytest.raises(ValueError, match=next(iter(bad))):
             TrainOptions(**bad)
