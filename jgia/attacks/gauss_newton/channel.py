@@ -23,12 +23,13 @@ class Channel:
     """``o = G(x) + n``, with everything that a compiled step needs.
 
     Attributes:
-      fn: ``(x, *args)`` to a pytree.
+      fn: ``(x, *args)`` to a pytree; ``(x, width, *args)`` where a width is given.
       args: what ``fn`` takes beside the images, such as parameters and labels.
       observed: o, whitened.
       noise_std: () standard deviation after whitening.
       coordinates: of x.
       whiten: linear, from a pytree like o to one whose noise is white; ``None`` where it is.
+      width: () of smoothed kinks, or ``None`` for a release that has no smoothed form.
     """
 
     fn: Callable[..., PyTree] = dataclasses.field(metadata={"static": True})
@@ -37,10 +38,19 @@ class Channel:
     noise_std: Array
     coordinates: Coordinates
     whiten: Whiten | None = dataclasses.field(default=None, metadata={"static": True})
+    width: Array | None = None
+
+    def smoothed(self, width: float) -> Channel:
+        """With kinks of another width."""
+        if self.width is None:
+            return self
+        return dataclasses.replace(self, width=jnp.asarray(width, self.noise_std.dtype))
 
     def predicted(self, z: Array) -> PyTree:
         """``G(x(z))`` over the noise's standard deviation."""
-        value = self.fn(self.coordinates.images(z), *self.args)
+        images = self.coordinates.images(z)
+        kinks = () if self.width is None else (self.width,)
+        value = self.fn(images, *kinks, *self.args)
         value = value if self.whiten is None else self.whiten(value)
         return jax.tree.map(lambda leaf: leaf / self.noise_std, value)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -14,20 +15,12 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jgia import _checks
-from jgia.attacks.gauss_newton.channel import Channel, Whiten, gradient, misfit
+from jgia.attacks.gauss_newton.channel import Channel, Whiten
 from jgia.attacks.gauss_newton.coordinates import Coordinates
-from jgia.attacks.gauss_newton.steps import Linear
+from jgia.attacks.gauss_newton.search import End, Search
 from jgia.risk import Prior
 
 PyTree = Any
-End = Literal["converged", "stalled", "max_steps", "nonfinite"]
-
-_STAGE_STEPS = 4
-_STAGE_FACTOR = 4.0
-_STAGE_DONE = 0.3  # next step in posterior standard deviations of a stage
-_LENGTHS = (1.0, 0.5, 0.2, 0.05)
-_MAX_DAMPING = 1e12
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -105,6 +98,7 @@ def posterior_mode(
     shape: tuple[int, ...],
     noise: float | Whiten,
     args: tuple[Any, ...] = (),
+    smoothed: Callable[..., PyTree] | None = None,
     starts: ArrayLike | None = None,
     settings: Settings | None = None,
     progress: Callable[[int, float], None] | None = None,
@@ -124,6 +118,9 @@ def posterior_mode(
       noise: standard deviation of independent noise on every entry; or, for noise of covariance C,
         the linear map ``C^(-1/2)`` from and to such a pytree.
       args: arrays that ``fn`` takes beside x.
+      smoothed: ``smoothed(x, width, *args)``: the release with its kinks smoothed, by
+        :func:`jgia.models.smooth_activations` for example, and exact at width 0. The search then
+        begins with smooth kinks and sharpens them.
       starts: (S, *shape) images to start from; the prior's mean when left out.
       settings: how.
       progress: called after every step with (steps in all, objective).
@@ -150,9 +147,11 @@ def posterior_mode(
     settings = settings or Settings()
     coordinates = Coordinates.of(prior, shape)
     channel = _channel(fn, observed, coordinates, noise, args)
+    if smoothed is not None:
+        channel = dataclasses.replace(channel, fn=smoothed, width=jnp.zeros((), prior.mean.dtype))
     first = _start_points(coordinates, starts)
     found = [
-        _search(channel, z, settings, lambda n, loss, i=i: _tell(progress, i, n, loss, settings))
+        Search(channel, z, settings, functools.partial(_tell, progress, i, settings)).run()
         for i, z in enumerate(first)
     ]
     objectives = tuple(each.objective for each in found)
@@ -172,7 +171,7 @@ def posterior_mode(
 
 
 def _tell(
-    progress: Callable[[int, float], None] | None, start: int, n: int, loss: float, s: Settings
+    progress: Callable[[int, float], None] | None, start: int, s: Settings, n: int, loss: float
 ) -> None:
     if progress is not None:
         progress(start * s.max_steps + n, loss)
@@ -236,86 +235,3 @@ def _start_points(coordinates: Coordinates, starts: ArrayLike | None) -> list[np
     return list(rows.reshape(len(images), -1))
 
 
-class _Found(NamedTuple):
-    z: np.ndarray
-    objective: float
-    misfit: float
-    step_left: float
-    end: End
-    losses: list[float]
-
-
-def _search(
-    channel: Channel, z: np.ndarray, settings: Settings, tell: Callable[[int, float], None]
-) -> _Found:
-    """One start, through the stages of noise."""
-    dtype = channel.coordinates.prior.mean.dtype
-    count, outputs = z.size, _num_outputs(channel)
-
-    def fit(point: np.ndarray) -> float:
-        return float(misfit(channel, jnp.asarray(point, dtype)))
-
-    linear = Linear(channel, settings.solver, settings)
-    here, damping, left = fit(z), 0.0, math.inf
-    if not math.isfinite(here):
-        return _Found(z, math.inf, here, left, "nonfinite", [math.inf])
-    scale = max(1.0, math.sqrt(here / outputs)) if settings.noise_stages else 1.0
-    losses = [(here + float(z @ z)) / 2]
-    end: End = "max_steps"
-    stage = 0
-    for step in range(1, settings.max_steps + 1):
-        value, pulled = gradient(channel, jnp.asarray(z, dtype))
-        down = np.asarray(pulled, np.float64) / scale**2 - z
-        here = float(value)
-        loss = (here / scale**2 + float(z @ z)) / 2
-        moved = None
-        while moved is None and damping <= _MAX_DAMPING:
-            move = linear.solve(z, down, scale=scale, damping=damping)
-            slope = float(move @ down)
-            left = math.sqrt(max(slope, 0.0) / count)
-            if not math.isfinite(left):
-                break
-            if left <= (settings.tolerance if scale == 1 else _STAGE_DONE) and damping == 0:
-                moved = _downhill(fit, z, move, slope, loss, scale, lengths=(1.0,)) or (0.0, here)
-                break
-            moved = _downhill(fit, z, move, slope, loss, scale)
-            if moved is None:
-                damping = max(1.0, 10 * damping)
-        if not math.isfinite(left):
-            end = "nonfinite"
-            break
-        stage += 1
-        if moved is not None:
-            length, here = moved
-            z = z + length * move
-            damping = 0.0 if damping <= 1 or length < 1 else damping / 10
-        losses.append((here + float(z @ z)) / 2)
-        tell(step, losses[-1])
-        done = moved is None or left <= (settings.tolerance if scale == 1 else _STAGE_DONE)
-        if scale == 1 and done:
-            end = "stalled" if moved is None else "converged"
-            break
-        if scale > 1 and (done or stage >= _STAGE_STEPS):
-            explained = math.sqrt(here / outputs)
-            scale = max(1.0, min(scale / _STAGE_FACTOR, explained))
-            damping, stage = 0.0, 0
-    return _Found(z, (here + float(z @ z)) / 2, here, left, end, losses)
-
-
-def _downhill(
-    fit: Callable[[np.ndarray], float],
-    z: np.ndarray,
-    move: np.ndarray,
-    slope: float,
-    loss: float,
-    scale: float,
-    lengths: tuple[float, ...] = _LENGTHS,
-) -> tuple[float, float] | None:
-    """The first length of a step that lowers the loss enough, and the misfit there."""
-    for length in lengths:
-        point = z + length * move
-        there = fit(point)
-        value = (there / scale**2 + float(point @ point)) / 2
-        if math.isfinite(value) and value <= loss - 1e-4 * length * slope:
-            return length, there
-    return None

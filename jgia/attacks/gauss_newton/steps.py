@@ -20,36 +20,40 @@ class Linear:
     takes more than ``inner_steps`` products.
     """
 
-    def __init__(self, channel: Channel, solver: str, settings: Any) -> None:
+    def __init__(self, channel: Channel, settings: Any) -> None:
         self._channel, self._settings = channel, settings
-        size = channel.coordinates.size
+        size, solver = channel.coordinates.size, settings.solver
         self._dense = solver == "dense" or (solver == "auto" and size <= _DENSE)
         self._dtype = channel.coordinates.prior.mean.dtype
         self._gram: np.ndarray | None = None
-        self._at: np.ndarray | None = None
+        self._at: tuple[Any, ...] = ()
         self.num_grams = self.num_products = 0
 
-    def solve(self, z: np.ndarray, b: np.ndarray, *, scale: float, damping: float) -> np.ndarray:
+    def solve(
+        self, z: np.ndarray, b: np.ndarray, *, width: float, scale: float, damping: float
+    ) -> np.ndarray:
         """The step from ``z``, in float64."""
+        channel = self._channel.smoothed(width)
         if not self._dense:
-            return self._iterate(z, b, scale, damping, None)[0]
+            return self._iterate(channel, z, b, scale, damping, None)[0]
         if self._gram is None:
-            self._renew(z)
-        move, solved = self._iterate(z, b, scale, damping, self._factor(scale, damping))
-        if not solved and not np.array_equal(self._at, z):
-            self._renew(z)
-            move, _ = self._iterate(z, b, scale, damping, self._factor(scale, damping), move)
+            self._renew(channel, z, width)
+        move, solved = self._iterate(channel, z, b, scale, damping, self._factor(scale, damping))
+        if not solved and self._at != (z.tobytes(), width):
+            self._renew(channel, z, width)
+            factor = self._factor(scale, damping)
+            move, _ = self._iterate(channel, z, b, scale, damping, factor, move)
         return move
 
-    def _renew(self, z: np.ndarray) -> None:
+    def _renew(self, channel: Channel, z: np.ndarray, width: float) -> None:
         settings = self._settings
         made = gram(
-            self._channel,
+            channel,
             jnp.asarray(z, self._dtype),
             chunk_size=settings.chunk_size,
             max_entries=settings.max_entries,
         )
-        self._gram, self._at = np.asarray(made, np.float64), z.copy()
+        self._gram, self._at = np.asarray(made, np.float64), (z.tobytes(), width)
         self.num_grams += 1
 
     def _factor(self, scale: float, damping: float) -> Any:
@@ -66,6 +70,7 @@ class Linear:
 
     def _iterate(
         self,
+        channel: Channel,
         z: np.ndarray,
         b: np.ndarray,
         scale: float,
@@ -78,7 +83,7 @@ class Linear:
 
         def times(v: np.ndarray) -> np.ndarray:
             self.num_products += 1
-            pulled = product(self._channel, point, jnp.asarray(v, self._dtype))
+            pulled = product(channel, point, jnp.asarray(v, self._dtype))
             return np.asarray(pulled, np.float64) / scale**2 + (1 + damping) * v
 
         def precondition(v: np.ndarray) -> np.ndarray:
