@@ -62,7 +62,7 @@ class Channel:
 
 
 def _square(tree: PyTree) -> Array:
-    return sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)), jnp.zeros(()))
+    return jnp.sum(jnp.stack([jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)]))
 
 
 @jax.jit

@@ -64,7 +64,7 @@ class Coordinates:
         """Coordinates in all."""
         return self.count * self.per_image
 
-    def offset(self, z: Float[Array, " size"]) -> Float[Array, "..."]:
+    def offset(self, z: Float[Array, " size"]) -> Float[Array, ...]:
         """``L' z`` in the input's shape: linear."""
         rows = z.reshape(self.count, self.per_image)
         factor = self.prior.factor
@@ -79,7 +79,7 @@ class Coordinates:
             moved = rest * rows + ((rows @ basis.T) * (lengths - rest)[None]) @ basis
         return moved.reshape(self.shape)
 
-    def images(self, z: Float[Array, " size"]) -> Float[Array, "..."]:
+    def images(self, z: Float[Array, " size"]) -> Float[Array, ...]:
         """``mean + L' z`` in the input's shape."""
         mean = jnp.tile(self.prior.mean, self.count).reshape(self.shape)
         return mean + self.offset(z)

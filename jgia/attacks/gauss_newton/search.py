@@ -60,13 +60,19 @@ class Search:
         if not math.isfinite(here):
             return self._found("nonfinite")
         if self._settings.noise_stages:
-            widths = () if self._channel.width is None else _WIDTHS
-            for width in (*widths, 0.0):
+            for width in (*self._widths(here), 0.0):
                 self._cool(width)
         end = self._minimize(0.0, 1.0, self._settings.tolerance, self._steps_left())
         if end != "nonfinite" and self._channel.width is not None:
             end = self._cross(end)
         return self._found(end)
+
+    def _widths(self, here: float) -> tuple[float, ...]:
+        """Those that make a difference: none for a release without kinks."""
+        if self._channel.width is None:
+            return ()
+        there = self._fit(self.z, _WIDTHS[0])
+        return _WIDTHS if abs(there - here) > 1e-4 * here else ()
 
     def _found(self, end: End) -> Found:
         value = self._fit(self.z)
@@ -145,9 +151,7 @@ class Search:
 
     def _down(self, width: float, scale: float) -> tuple[float, np.ndarray]:
         """The misfit, and the direction of steepest descent."""
-        fit, pulled = gradient(
-            self._channel.smoothed(width), jnp.asarray(self.z, self._dtype)
-        )
+        fit, pulled = gradient(self._channel.smoothed(width), jnp.asarray(self.z, self._dtype))
         return float(fit), np.asarray(pulled, np.float64) / scale**2 - self.z
 
     def _downhill(

@@ -11,7 +11,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from jax.typing import ArrayLike
 
 from jgia import _checks
@@ -21,6 +20,7 @@ from jgia.attacks.gauss_newton.search import End, Search
 from jgia.risk import Prior
 
 PyTree = Any
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -233,5 +233,3 @@ def _start_points(coordinates: Coordinates, starts: ArrayLike | None) -> list[np
     else:
         rows = np.linalg.lstsq(np.asarray(prior.factor, np.float64).T, centered.T, rcond=None)[0].T
     return list(rows.reshape(len(images), -1))
-
-
