@@ -34,8 +34,9 @@ class GaussNewtonOptions:
     """Steps in all, of each start."""
 
     newton_starts: int = 1
-    """Starts; the image of the largest posterior density is returned. The first is the prior's
-    mean, others are drawn from the prior; for several images all of them are drawn."""
+    """Starts at most: no further one is tried once the noise explains what is left over, and the
+    image of the largest posterior density is returned. The first is the prior's mean, others are
+    drawn from the prior; for several images all of them are drawn."""
 
     newton_tolerance: float = 1e-3
     """Stop once the next step is shorter than this, in posterior standard deviations (root mean

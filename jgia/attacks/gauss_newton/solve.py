@@ -36,6 +36,7 @@ class Settings:
       noise_stages: begin with the noise that explains the start's residual, and take it away.
       inner_steps: products with ``J' J`` in one step, at most.
       forcing: relative residual at which a step counts as solved.
+      enough: mean squared residual, in noise variances, at which no further start is tried.
       chunk_size: directions at a time.
       max_entries: of a Jacobian in memory.
     """
@@ -46,6 +47,7 @@ class Settings:
     noise_stages: bool = True
     inner_steps: int = 100
     forcing: float = 1e-2
+    enough: float = 1.1
     chunk_size: int = 64
     max_entries: int = 2**27
 
@@ -59,6 +61,7 @@ class Settings:
             max_entries=self.max_entries,
         )
         _checks.positive(tolerance=self.tolerance)
+        _checks.non_negative(enough=self.enough)
         _checks.fraction(forcing=self.forcing)
 
 
@@ -76,7 +79,7 @@ class Estimate(NamedTuple):
       steps: of the start that won.
       losses: (steps + 1,) the objective along it (of the final noise).
       start: which start won.
-      start_objectives: of all starts.
+      start_objectives: of all starts that were tried.
     """
 
     images: np.ndarray
@@ -150,10 +153,12 @@ def posterior_mode(
     if smoothed is not None:
         channel = dataclasses.replace(channel, fn=smoothed, width=jnp.zeros((), prior.mean.dtype))
     first = _start_points(coordinates, starts)
-    found = [
-        Search(channel, z, settings, functools.partial(_tell, progress, i, settings)).run()
-        for i, z in enumerate(first)
-    ]
+    found = []
+    for i, z in enumerate(first):
+        tell = functools.partial(_tell, progress, i, settings)
+        found.append(Search(channel, z, settings, tell).run())
+        if found[-1].misfit <= settings.enough * _num_outputs(channel):
+            break
     objectives = tuple(each.objective for each in found)
     best = int(np.argmin([v if math.isfinite(v) else math.inf for v in objectives]))
     z, won = jnp.asarray(found[best].z, prior.mean.dtype), found[best]

@@ -17,7 +17,7 @@ class Linear:
     """``(I + J'J / scale^2 + damping I) d = b`` at one point after another.
 
     The Gram matrix of an earlier point preconditions the next ones; it is made anew once a solve
-    takes more than ``inner_steps`` products.
+    takes more products than a new one costs.
     """
 
     def __init__(self, channel: Channel, settings: Any) -> None:
@@ -38,8 +38,11 @@ class Linear:
             return self._iterate(channel, z, b, scale, damping, None)[0]
         if self._gram is None:
             self._renew(channel, z, width)
-        move, solved = self._iterate(channel, z, b, scale, damping, self._factor(scale, damping))
-        if not solved and self._at != (z.tobytes(), width):
+        fresh = self._at == (z.tobytes(), width)
+        patience = self._settings.inner_steps if fresh else max(8, z.size // 16)
+        factor = self._factor(scale, damping)
+        move, solved = self._iterate(channel, z, b, scale, damping, factor, steps=patience)
+        if not solved and not fresh:  # by now a new Gram matrix costs less
             self._renew(channel, z, width)
             factor = self._factor(scale, damping)
             move, _ = self._iterate(channel, z, b, scale, damping, factor, move)
@@ -77,6 +80,7 @@ class Linear:
         damping: float,
         factor: Any,
         start: np.ndarray | None = None,
+        steps: int | None = None,
     ) -> tuple[np.ndarray, bool]:
         """Preconditioned conjugate gradients; whether the residual fell enough."""
         point = jnp.asarray(z, self._dtype)
@@ -98,7 +102,7 @@ class Linear:
         y = precondition(r)
         goal = self._settings.forcing**2 * float(b @ precondition(b))
         p, rho = y, float(r @ y)
-        for _ in range(self._settings.inner_steps):
+        for _ in range(steps or self._settings.inner_steps):
             if not rho > goal:
                 break
             q = times(p)
