@@ -115,7 +115,7 @@ def run_audit(
         observation, config, chosen, public.provenance, labels=labels, key=key_client
     )
     truth = Truth(images=images, labels=labels)
-    job = Job(observation, plan, config, clock, report)
+    job = Job(observation, plan, config, clock, report, calibration)
     reconstruction = chosen.attack(key_attack, job)
 
     report("scoring", 0, 1)

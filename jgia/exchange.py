@@ -86,6 +86,9 @@ def attack_update(
             victim, params = load_victim(str(config.trained))
             public_data, num_public = "none", 0
         chosen.check(victim)
+        public = _public(config.public, victim)
+        if public is not None:
+            public_data, num_public = str(config.public), len(public)
         threat = ThreatModel(
             server=chosen.server,
             protocol=config.protocol,
@@ -102,7 +105,7 @@ def attack_update(
         truth = _truth(config.truth, victim)
     plan = ares.read_plan(victim, params) if config.method == "ares" else None
     reconstruction = chosen.attack(
-        jax.random.key(config.seed), Job(observation, plan, config, clock, report)
+        jax.random.key(config.seed), Job(observation, plan, config, clock, report, public)
     )
     scores = None
     if truth is not None:
@@ -208,11 +211,20 @@ def _option(value: Any) -> Any:
 def _truth(spec: str | None, victim: Victim) -> Truth | None:
     if spec is None:
         return None
+    images, labels = _fitting(spec, victim, "true")
+    return Truth(images=images, labels=labels)
+
+
+def _public(spec: str | None, victim: Victim) -> np.ndarray | None:
+    return None if spec is None else _fitting(spec, victim, "public")[0]
+
+
+def _fitting(spec: str, victim: Victim, what: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a data set of the model's shape."""
     dataset = load_dataset(spec)
     if dataset.image_shape != victim.input_shape:
         raise ValueError(
-            f"the true images have shape {dataset.image_shape}, the model takes "
+            f"the {what} images have shape {dataset.image_shape}, the model takes "
             f"{victim.input_shape}."
         )
-    images, labels = dataset.take(np.arange(len(dataset)))
-    return Truth(images=images, labels=labels)
+    return dataset.take(np.arange(len(dataset)))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jgia._clock import StageClock
-from jgia.attacks import analytic, ares, gradient_matching, imprint
+from jgia.attacks import analytic, ares, gauss_newton, gradient_matching, imprint
 from jgia.config import AttackConfig, AttackName, AuditConfig, ClientConfig
 from jgia.models import Victim
 from jgia.observation import Observation, Reconstruction
@@ -35,6 +35,7 @@ class Job(NamedTuple):
       options: of the command.
       clock: counts the stages ``leak_s``, ``invert_s`` and ``search_s``.
       report: see :data:`Progress`.
+      public: (N, H, W, C) public images in [0, 1], or ``None`` where the attacker has none.
     """
 
     observation: Observation
@@ -42,6 +43,7 @@ class Job(NamedTuple):
     options: Options
     clock: StageClock
     report: Progress
+    public: np.ndarray | None = None
 
 
 class Method(NamedTuple):
@@ -154,6 +156,20 @@ def _attack_analytic(key: jax.Array, job: Job) -> Reconstruction:
         return analytic.attack(key, job.observation)
 
 
+def _attack_gauss_newton(key: jax.Array, job: Job) -> Reconstruction:
+    job.report("searching", 0, 1)
+    with job.clock.stage("search_s"):
+        return gauss_newton.attack(
+            key,
+            job.observation,
+            public=job.public,
+            options=job.options.gauss_newton,
+            progress=lambda done, steps, loss: job.report(
+                f"searching, loss {loss:.3g}", done, steps
+            ),
+        )
+
+
 def _imprint(module: ModuleType) -> Method:
     return Method(
         "malicious",
@@ -182,5 +198,6 @@ _METHODS: dict[str, Method] = {
     "idlg": _matching("idlg"),
     "inverting_gradients": _matching("inverting_gradients"),
     "see_through": _matching("see_through"),
+    "gauss_newton": Method("honest_but_curious", lambda victim: None, None, _attack_gauss_newton),
     "analytic": Method("honest_but_curious", analytic.check, None, _attack_analytic),
 }

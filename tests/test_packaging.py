@@ -31,7 +31,7 @@ ALLOWED = {
     "federated": BASE | {"models", "observation", "defenses"},
     "sparse": {"_checks"},
     "replay": {"models", "observation"},
-    "attacks": BASE | {"models", "observation", "replay", "sparse"},
+    "attacks": BASE | {"models", "observation", "replay", "risk", "sparse"},
     "risk": BASE | {"models", "observation", "replay"},
     "metrics": {"_checks"},
     "report": {"_checks", "_io"},

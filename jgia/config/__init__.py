@@ -5,6 +5,7 @@ from jgia.config.client import ClientConfig, Optimizer, Protocol
 from jgia.config.commands import AttackConfig, AttackName, AuditConfig, CraftConfig
 from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig, DefenseName
+from jgia.config.gauss_newton import GaussNewtonOptions
 from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
@@ -24,6 +25,7 @@ __all__ = [
     "DefenseName",
     "FirstLayer",
     "FrontEnd",
+    "GaussNewtonOptions",
     "ImprintOptions",
     "Inversion",
     "KnowledgeConfig",

@@ -11,6 +11,7 @@ from jgia.config.ares import AresOptions
 from jgia.config.client import ClientConfig, Protocol
 from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig
+from jgia.config.gauss_newton import GaussNewtonOptions
 from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
@@ -25,6 +26,7 @@ AttackName = Literal[
     "qbi",
     "loki",
     "analytic",
+    "gauss_newton",
     "dlg",
     "idlg",
     "inverting_gradients",
@@ -44,6 +46,7 @@ class AuditConfig:
     ares: AresOptions = dataclasses.field(default_factory=AresOptions)
     imprint: ImprintOptions = dataclasses.field(default_factory=ImprintOptions)
     matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
+    gauss_newton: GaussNewtonOptions = dataclasses.field(default_factory=GaussNewtonOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
     risk: AuditRiskOptions = dataclasses.field(default_factory=AuditRiskOptions)
@@ -52,7 +55,8 @@ class AuditConfig:
     """The attack to run. A malicious server: `ares`, or one of the baselines before it: `rtf`
     (Robbing the Fed; needs `--model imprint_cnn` or `imprint_mlp`), `trap_weights` and `qbi`
     (`--model mlp`), `loki` (`--model cnn`). An honest but curious one: `analytic` (exact, layer by
-    layer), or gradient matching: `dlg`, `idlg`, `inverting_gradients`, `see_through`."""
+    layer), `gauss_newton` (most probable under the noise and a prior from public images), or
+    gradient matching: `dlg`, `idlg`, `inverting_gradients`, `see_through`."""
 
     trained: Path | None = None
     """Attack what honest training sends: a folder written by `jgia train-victim`, instead of
@@ -147,12 +151,17 @@ class AttackConfig:
     local_learning_rate: float | None = None
     """FedAvg: its learning rate, if it is known."""
 
+    public: str | None = None
+    """Data specification of public images that resemble the client's; `gauss_newton` has to have
+    some."""
+
     truth: str | None = None
     """Data specification of the client's images, if they are known, to score against."""
 
     ares: AresOptions = dataclasses.field(default_factory=AresOptions)
     imprint: ImprintOptions = dataclasses.field(default_factory=ImprintOptions)
     matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
+    gauss_newton: GaussNewtonOptions = dataclasses.field(default_factory=GaussNewtonOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
 

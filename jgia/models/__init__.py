@@ -19,6 +19,7 @@ from jgia.models.lenet import LeNet
 from jgia.models.make import make_victim
 from jgia.models.mlp import MLP
 from jgia.models.resnet import ResNet
+from jgia.models.smoothing import smooth_activations
 from jgia.models.vgg import VGG
 from jgia.models.victim import Victim, batch_norm_names, flatten_params, unflatten_params
 
@@ -43,6 +44,7 @@ __all__ = [
     "flattened_features",
     "make_victim",
     "output_shape",
+    "smooth_activations",
     "unflatten_params",
     "with_batch_norm",
     "with_buffers",

@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jgia.attacks import analytic, ares, gradient_matching, imprint
-from jgia.config import AresOptions, MatchingOptions, PerformanceFlags
+from jgia.attacks import analytic, ares, gauss_newton, gradient_matching, imprint
+from jgia.config import AresOptions, GaussNewtonOptions, MatchingOptions, PerformanceFlags
 from jgia.data import load_dataset
 from jgia.federated import client_update
 from jgia.models import make_victim
 from jgia.observation import Observation, Reconstruction
+from jgia.risk import Prior
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +109,16 @@ def _matching_case(method: str) -> AttackCase:
     )
 
 
+def _gauss_newton(key: Any, observation: Observation) -> Reconstruction:
+    return gauss_newton.attack(
+        key,
+        observation,
+        prior=Prior.isotropic(36, variance=0.1),
+        options=GaussNewtonOptions(newton_steps=3),
+        num_examples=1,
+    )
+
+
 NOT_ATTACKS = frozenset({"coarseness", "labels"})
 """Modules of ``jgia.attacks`` that return no images: they have tests of their own."""
 
@@ -126,6 +137,12 @@ CASES = (
     _matching_case("idlg"),
     _matching_case("inverting_gradients"),
     _matching_case("see_through"),
+    AttackCase(
+        package="gauss_newton",
+        attack=_gauss_newton,
+        observe=_observe_honest,
+        needs_malicious_server=False,
+    ),
     AttackCase(
         package="analytic",
         attack=functools.partial(analytic.attack, num_examples=1),
