@@ -36,6 +36,7 @@ from jgia.defenses import coordinate_noise, scale_for_target
 from jgia.models import Victim, make_victim
 from jgia.normalization import Normalization
 from jgia.risk import Prior, UpdateRelease
+from jgia.risk.configured import make_prior
 from jgia.risk.shaping import covariance_factor, shaped_covariance
 
 PyTree = Any
@@ -181,9 +182,7 @@ def attacks(case: Case, params: PyTree, setup: Setup) -> list[dict[str, Any]]:
     release = UpdateRelease(victim=case.victim)
     pixels, _ = case.train.take(np.arange(min(1000, len(case.train))))
     images, labels = case.test.take(np.arange(setup.images))
-    prior = Prior.isotropic(
-        images[0].size, variance=float(pixels.var(0).mean()), mean=float(pixels.mean())
-    )
+    prior = make_prior("isotropic", pixels)
     energy = float(prior.energy)
     rows = []
     for method in METHODS:

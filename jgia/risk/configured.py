@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 
 from jgia.config import ClientConfig
@@ -45,10 +46,9 @@ def make_prior(
 ) -> Prior:
     """The prior of a name from public images (N, H, W, C)."""
     if name == "isotropic":
-        size = pixels[0].size
-        return Prior.isotropic(
-            size, variance=float(pixels.var(0).mean()), mean=float(pixels.mean())
-        )
+        flat = Prior.isotropic(pixels[0].size, variance=float(pixels.var(axis=0).mean()))
+        mean = jnp.asarray(pixels.reshape(len(pixels), -1).mean(axis=0), flat.mean.dtype)
+        return dataclasses.replace(flat, mean=mean)
     if name == "low_rank":
         return Prior.low_rank(pixels, rank=rank)
     return Prior.from_data(pixels, shrinkage=shrinkage)
