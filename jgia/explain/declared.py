@@ -39,7 +39,7 @@ class Declared(NamedTuple):
       least_variance: (p,) one over the Fisher information of that noise about a shift: the same
         for Gaussian noise, half of it for Laplace noise.
       input_factor: (d, m) F of noise ``J F z``, correlated by the Jacobian, or ``None``.
-      input_std: standard deviation of noise on every pixel before the release.
+      input_std: () standard deviation of noise on every pixel before the release.
     """
 
     shared: Float[Array, " outputs"]
@@ -47,9 +47,10 @@ class Declared(NamedTuple):
     variance: Float[Array, " outputs"]
     least_variance: Float[Array, " outputs"]
     input_factor: Float[Array, "inputs parts"] | None = None
-    input_std: float = 0.0
+    input_std: float | Float[Array, ""] = 0.0
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def declare(
     key: PRNGKeyArray,
     defense: Explained | None,
@@ -62,7 +63,7 @@ def declare(
 
     Args:
       key: random key of the defense; :class:`Sent` under the same key has the same draws.
-      defense: what the client does; ``None`` for nothing.
+      defense: what the client does; ``None`` for nothing. Hashable, as is the next: static.
       release: what it shares otherwise.
       params: the parameters.
       image: the input.
@@ -171,7 +172,6 @@ def _on_shared(key: PRNGKeyArray, name: str, config: DefenseConfig, update: PyTr
     return plain
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def _shaped(
     sent: Sent,
     config: DefenseConfig,

@@ -18,7 +18,7 @@ from jgia.config import DefenseConfig
 from jgia.config.explain import Explained
 from jgia.explain.attack import DeclaredChannel, MostProbable, most_probable
 from jgia.explain.declared import Declared, check_explained, declare
-from jgia.explain.sent import Sent, linearization_ratio, linearized, value_of
+from jgia.explain.sent import SMOOTH, Sent, linearization_ratio, linearized, value_of
 from jgia.explain.words import EFFECTS, Effect, name_of, options_of
 from jgia.risk import Channel, Posterior, Prior, Release, channel_posterior, error_at, keep_rows
 from jgia.risk.jacobian import CHUNK, Sizes, layer_names, sizes, slices_of
@@ -146,8 +146,9 @@ def explain_defense(
     shape = sizes(lambda x: release(params, x, classes), pixels)
     whole = _whole_prior(prior, pixels)
     check_dense(shape.num_outputs, shape.num_inputs, memory_bytes=memory_bytes)
-    config = defense if isinstance(defense, DefenseConfig) else DefenseConfig()
-    sent, name = Sent(release=release, config=config), name_of(defense)
+    name = name_of(defense)
+    config = defense if isinstance(defense, DefenseConfig) and name in SMOOTH else DefenseConfig()
+    sent = Sent(release=release, config=config)
     key_draws, key_ratio = jax.random.split(key)
     guesses: list[MostProbable] = []
     predictions: list[_Prediction] = []
@@ -155,6 +156,7 @@ def explain_defense(
         key_defense, key_noise = jax.random.split(draw)
         inputs = (params, pixels, classes)
         made = declare(jax.random.clone(key_defense), defense, release, *inputs)
+        made = made._replace(input_std=float(made.input_std))
         if not predictions or name in ("augment", "dropout"):
             _, jacobian = linearized(sent, chunk_size, *inputs, jax.random.clone(key_defense))
             predictions.append(_predict(jacobian, made, whole, noise_std, pixels, shape))
@@ -238,7 +240,7 @@ def _predict(
     channel = keep_rows(Channel(jacobian, tau2 + made.variance, factor), made.kept)
     least = channel._replace(variance=tau2 + made.least_variance)
     invloss, posterior, expected = _errors(channel, prior, image.reshape(-1))
-    same = made.least_variance is made.variance
+    same = bool((made.least_variance == made.variance).all())
     energy = float(prior.energy)
     variance = channel.variance
     if channel.factor is not None:
