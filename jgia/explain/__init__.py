@@ -8,6 +8,7 @@ from jgia.explain.explain import (
     check_dense,
     dense_bytes,
     explain_defense,
+    predict_defense,
 )
 from jgia.explain.records import explanation_rows
 from jgia.explain.words import EFFECTS, Effect
@@ -27,4 +28,5 @@ __all__ = [
     "explain_defense",
     "explanation_rows",
     "most_probable",
+    "predict_defense",
 ]

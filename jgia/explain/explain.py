@@ -42,14 +42,14 @@ class Explanation(NamedTuple):
       invloss_least: the same with the Fisher information of the noise in place of its variance:
         below it comes no attack on the linear release. Differs for Laplace noise.
       expected: predicted for the attack at this image, averaged over noise alone.
-      errors: (draws,) of the attack (:func:`jgia.explain.most_probable`) on what the defense
-        really made.
-      converged: (draws,) whether it did.
       linearization_ratio: of what is sent, over what an attacker cannot tell apart.
       layer_risk: the risk of every layer alone.
       kept_share: share of the entries that are shared at all.
       noise_std: root mean square over the entries of the noise's standard deviation, with the
         noise that is there in any case.
+      errors: (draws,) of the attack (:func:`jgia.explain.most_probable`) on what the defense
+        really made.
+      converged: (draws,) whether it did.
     """
 
     name: str
@@ -59,12 +59,12 @@ class Explanation(NamedTuple):
     invloss: float
     invloss_least: float
     expected: float
-    errors: np.ndarray
-    converged: np.ndarray
     linearization_ratio: float
     layer_risk: dict[str, float]
     kept_share: float
     noise_std: float
+    errors: np.ndarray
+    converged: np.ndarray
 
     @property
     def risk(self) -> float:
@@ -139,57 +139,62 @@ def explain_defense(
     References:
       Derived here (docs/risk.md). Clipping: the derivative of Abadi et al. (2016), algorithm 1.
     """
-    _checks.positive(noise_std=noise_std)
     _checks.at_least(2, num_draws=num_draws)
-    pixels, classes = jnp.asarray(image), jnp.asarray(labels)
-    check_explained(defense, release)
-    shape = sizes(lambda x: release(params, x, classes), pixels)
-    whole = _whole_prior(prior, pixels)
-    check_dense(shape.num_outputs, shape.num_inputs, memory_bytes=memory_bytes)
-    name = name_of(defense)
-    config = defense if isinstance(defense, DefenseConfig) and name in SMOOTH else DefenseConfig()
-    sent = Sent(release=release, config=config)
+    case = _case(
+        defense, release, params, image, labels, prior, noise_std, chunk_size, memory_bytes
+    )
     key_draws, key_ratio = jax.random.split(key)
-    guesses: list[MostProbable] = []
-    predictions: list[_Prediction] = []
-    for draw in jax.random.split(key_draws, num_draws):
-        key_defense, key_noise = jax.random.split(draw)
-        inputs = (params, pixels, classes)
-        made = declare(jax.random.clone(key_defense), defense, release, *inputs)
-        made = made._replace(input_std=float(made.input_std))
-        if not predictions or name in ("augment", "dropout"):
-            _, jacobian = linearized(sent, chunk_size, *inputs, jax.random.clone(key_defense))
-            predictions.append(_predict(jacobian, made, whole, noise_std, pixels, shape))
-            moving = predictions[-1].posterior
-            if len(predictions) == 1:
-                ratio = linearization_ratio(
-                    sent, key_ratio, *inputs, jax.random.clone(key_defense), moving
-                )
-        noise = noise_std * jax.random.normal(key_noise, made.shared.shape, made.shared.dtype)
-        declared = _declared_channel(
-            sent, chunk_size, inputs, key_defense, made, predictions[0], noise_std
-        )
-        guesses.append(_attack(declared, made, made.shared + noise, whole, num_steps))
-    truth = _wide(pixels).reshape(-1)
-    first = predictions[0]
+    draws = _draws(key_draws, num_draws)
+    prediction = _predicted(case, [jax.random.clone(one) for one, _ in draws], key_ratio)
+    guesses = [_attack(case, *draw, prediction.factor, num_steps) for draw in draws]
+    truth = _wide(case.image).reshape(-1)
     return Explanation(
-        name=name,
-        options=options_of(defense),
-        effect=EFFECTS[name],
-        energy=float(whole.energy),
-        invloss=_mean(predictions, "invloss"),
-        invloss_least=_mean(predictions, "invloss_least"),
-        expected=_mean(predictions, "expected"),
+        *prediction.public,
         errors=np.array([np.sum((guess.image - truth) ** 2) for guess in guesses]),
         converged=np.array([guess.converged for guess in guesses]),
-        linearization_ratio=float(ratio),
-        layer_risk={
-            layer: float(np.mean([p.layer_risk[layer] for p in predictions]))
-            for layer in first.layer_risk
-        },
-        kept_share=float(np.mean(np.asarray(made.kept))),
-        noise_std=first.noise_std,
     )
+
+
+def predict_defense(
+    key: PRNGKeyArray,
+    defense: Explained | None,
+    release: Release,
+    params: PyTree,
+    image: ArrayLike,
+    labels: ArrayLike,
+    *,
+    prior: Prior,
+    noise_std: float,
+    num_draws: int = 4,
+    chunk_size: int = CHUNK,
+    memory_bytes: int = 2**31,
+) -> Explanation:
+    """:func:`explain_defense` without the attack: the same figures, ``errors`` empty.
+
+    Args:
+      key: as there; the same key predicts the same.
+      defense: as there.
+      release: as there.
+      params: as there.
+      image: as there.
+      labels: as there.
+      prior: as there.
+      noise_std: as there.
+      num_draws: over which dropout and augmentation are averaged.
+      chunk_size: as there.
+      memory_bytes: as there.
+
+    Raises:
+      ValueError: as there.
+    """
+    _checks.at_least(1, num_draws=num_draws)
+    case = _case(
+        defense, release, params, image, labels, prior, noise_std, chunk_size, memory_bytes
+    )
+    key_draws, key_ratio = jax.random.split(key)
+    keys = [one for one, _ in _draws(key_draws, num_draws)]
+    prediction = _predicted(case, keys, key_ratio)
+    return Explanation(*prediction.public, errors=np.zeros(0), converged=np.zeros(0, bool))
 
 
 def dense_bytes(num_outputs: int, num_inputs: int) -> int:
@@ -213,6 +218,95 @@ def check_dense(num_outputs: int, num_inputs: int, *, memory_bytes: int) -> None
         )
 
 
+class _Case(NamedTuple):
+    """One defense on one input, checked."""
+
+    name: str
+    defense: Explained | None
+    sent: Sent
+    params: PyTree
+    image: Array
+    labels: Array
+    prior: Prior
+    noise_std: float
+    chunk_size: int
+    shape: Sizes
+
+    def declared(self, key: PRNGKeyArray) -> Declared:
+        inputs = (self.params, self.image, self.labels)
+        made = declare(jax.random.clone(key), self.defense, self.sent.release, *inputs)
+        return made._replace(input_std=float(made.input_std))
+
+    def linear(self, image: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
+        rest = (self.params, image, self.labels, jax.random.clone(key))
+        return linearized(self.sent, self.chunk_size, *rest)
+
+
+def _case(
+    defense: Explained | None,
+    release: Release,
+    params: PyTree,
+    image: ArrayLike,
+    labels: ArrayLike,
+    prior: Prior,
+    noise_std: float,
+    chunk_size: int,
+    memory_bytes: int,
+) -> _Case:
+    _checks.positive(noise_std=noise_std)
+    pixels, classes = jnp.asarray(image), jnp.asarray(labels)
+    check_explained(defense, release)
+    shape = sizes(lambda x: release(params, x, classes), pixels)
+    whole = _whole_prior(prior, pixels)
+    check_dense(shape.num_outputs, shape.num_inputs, memory_bytes=memory_bytes)
+    name = name_of(defense)
+    config = defense if isinstance(defense, DefenseConfig) and name in SMOOTH else DefenseConfig()
+    sent = Sent(release=release, config=config)
+    return _Case(name, defense, sent, params, pixels, classes, whole, noise_std, chunk_size, shape)
+
+
+def _draws(key: PRNGKeyArray, count: int) -> list[tuple[PRNGKeyArray, PRNGKeyArray]]:
+    """For each draw the keys of the defense and of the noise that is there in any case."""
+    pairs = [jax.random.split(draw) for draw in jax.random.split(key, count)]
+    return [(pair[0], pair[1]) for pair in pairs]
+
+
+class _Predicted(NamedTuple):
+    public: tuple[Any, ...]
+    factor: Array | None
+
+
+def _predicted(case: _Case, keys: list[PRNGKeyArray], key_ratio: PRNGKeyArray) -> _Predicted:
+    """The figures of one input; means over the draws where these change the Jacobian."""
+    changing = case.name in ("augment", "dropout")
+    made = [case.declared(key) for key in (keys if changing else keys[:1])]
+    parts = [
+        _predict(case, case.linear(case.image, key)[1], one)
+        for key, one in zip(keys, made, strict=False)
+    ]
+    ratio = linearization_ratio(
+        case.sent,
+        key_ratio,
+        case.params,
+        case.image,
+        case.labels,
+        jax.random.clone(keys[0]),
+        parts[0].posterior,
+    )
+
+    def mean(name: str) -> float:
+        return float(np.mean([getattr(part, name) for part in parts]))
+
+    layers = {
+        layer: float(np.mean([part.layer_risk[layer] for part in parts]))
+        for layer in parts[0].layer_risk
+    }
+    figures = (mean("invloss"), mean("invloss_least"), mean("expected"), float(ratio), layers)
+    kept = float(np.mean([np.asarray(one.kept) for one in made]))
+    named = (case.name, options_of(case.defense), EFFECTS[case.name], float(case.prior.energy))
+    return _Predicted((*named, *figures, kept, mean("noise_std")), parts[0].factor)
+
+
 class _Prediction(NamedTuple):
     invloss: float
     invloss_least: float
@@ -223,38 +317,32 @@ class _Prediction(NamedTuple):
     factor: Array | None
 
 
-def _predict(
-    jacobian: Array,
-    made: Declared,
-    prior: Prior,
-    noise_std: float,
-    image: Array,
-    shape: Sizes,
-) -> _Prediction:
+def _predict(case: _Case, jacobian: Array, made: Declared) -> _Prediction:
+    prior, x = case.prior, case.image.reshape(-1)
     factor = None
     if made.input_factor is not None:
         factor = jacobian @ made.input_factor.astype(jacobian.dtype)
     elif made.input_std:
         factor = made.input_std * jacobian
-    tau2 = noise_std**2
+    tau2 = case.noise_std**2
     channel = keep_rows(Channel(jacobian, tau2 + made.variance, factor), made.kept)
     least = channel._replace(variance=tau2 + made.least_variance)
-    invloss, posterior, expected = _errors(channel, prior, image.reshape(-1))
+    invloss, posterior, expected = _errors(channel, prior, x)
     same = bool((made.least_variance == made.variance).all())
     energy = float(prior.energy)
     variance = channel.variance
     if channel.factor is not None:
         variance = variance + jnp.sum(channel.factor**2, axis=1)
     if made.input_std:  # a nonlinear release is evaluated at all the images that the noise makes
-        spread = made.input_std * jnp.eye(image.size, dtype=jacobian.dtype)
+        spread = made.input_std * jnp.eye(x.size, dtype=jacobian.dtype)
         posterior = posterior._replace(root=jnp.concatenate([posterior.root, spread]))
     return _Prediction(
         invloss=float(invloss),
-        invloss_least=float(invloss if same else _errors(least, prior, image.reshape(-1))[0]),
+        invloss_least=float(invloss if same else _errors(least, prior, x)[0]),
         expected=float(expected),
         layer_risk={
             layer: max(0.0, 1 - float(_layer_error(channel, rows, prior)) / energy)
-            for layer, rows in _layer_rows(shape).items()
+            for layer, rows in _layer_rows(case.shape).items()
         },
         noise_std=float(jnp.sqrt(jnp.mean(variance))),
         posterior=posterior,
@@ -289,53 +377,49 @@ def _layer_rows(shape: Sizes) -> dict[str, tuple[tuple[int, int], ...]]:
     }
 
 
-def _declared_channel(
-    sent: Sent,
-    chunk_size: int,
-    inputs: tuple[PyTree, Array, Array],
-    key: PRNGKeyArray,
-    made: Declared,
-    prediction: _Prediction,
-    noise_std: float,
-) -> DeclaredChannel:
-    """What the attacker is told; of the image's array only shape and dtype are used."""
-    params, image, labels = inputs
-    shape, dtype = image.shape, image.dtype
-    factor = None
-    if made.input_factor is not None:
-        assert prediction.factor is not None
-        factor = _wide(prediction.factor)
-
-    def placed(x: np.ndarray) -> tuple[PyTree, Array, Array, PRNGKeyArray]:
-        return params, jnp.asarray(x.reshape(shape), dtype), labels, jax.random.clone(key)
-
-    def linear(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        value, jacobian = linearized(sent, chunk_size, *placed(x))
-        return _wide(value), _wide(jacobian)
-
-    return DeclaredChannel(
-        value=lambda x: _wide(value_of(sent, *placed(x))),
-        linear=linear,
-        kept=np.asarray(made.kept),
-        variance=_wide(made.variance) + noise_std**2,
-        factor=factor,
-    )
-
-
 def _attack(
-    declared: DeclaredChannel, made: Declared, seen: Array, prior: Prior, num_steps: int
+    case: _Case,
+    key: PRNGKeyArray,
+    key_noise: PRNGKeyArray,
+    factor: Array | None,
+    num_steps: int,
 ) -> MostProbable:
     """The most probable image; under noise on the input, by way of the most probable noisy one."""
-    mean, rows = _wide(prior.mean), _wide(prior.rows())
+    made = case.declared(key)
+    shared = made.shared
+    noise = case.noise_std * jax.random.normal(key_noise, shared.shape, shared.dtype)
+    seen = _wide(shared + noise)
+    told = _told(case, key, made, factor)
+    mean, rows = _wide(case.prior.mean), _wide(case.prior.rows())
     if not made.input_std:
-        return most_probable(declared, _wide(seen), mean, rows, num_steps=num_steps)
+        return most_probable(told, seen, mean, rows, num_steps=num_steps)
     covariance = rows.T @ rows
     noisy = covariance + made.input_std**2 * np.eye(len(mean))
-    guess = most_probable(
-        declared, _wide(seen), mean, np.linalg.cholesky(noisy).T, num_steps=num_steps
-    )
+    guess = most_probable(told, seen, mean, np.linalg.cholesky(noisy).T, num_steps=num_steps)
     image = mean + covariance @ np.linalg.solve(noisy, guess.image - mean)
     return guess._replace(image=image)
+
+
+def _told(case: _Case, key: PRNGKeyArray, made: Declared, factor: Array | None) -> DeclaredChannel:
+    """What the attacker is told; of the image's array only shape and dtype are used."""
+    shape, dtype = case.image.shape, case.image.dtype
+
+    def linear(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        value, jacobian = case.linear(jnp.asarray(x.reshape(shape), dtype), key)
+        return _wide(value), _wide(jacobian)
+
+    def value(x: np.ndarray) -> np.ndarray:
+        image = jnp.asarray(x.reshape(shape), dtype)
+        rest = (case.params, image, case.labels, jax.random.clone(key))
+        return _wide(value_of(case.sent, *rest))
+
+    return DeclaredChannel(
+        value=value,
+        linear=linear,
+        kept=np.asarray(made.kept),
+        variance=_wide(made.variance) + case.noise_std**2,
+        factor=None if made.input_factor is None else _wide(factor),
+    )
 
 
 def _whole_prior(prior: Prior, pixels: Array) -> Prior:
@@ -354,10 +438,6 @@ def _whole_prior(prior: Prior, pixels: Array) -> Prior:
         prior if pixels.size == prior.num_inputs else prior.repeat(pixels.size // prior.num_inputs)
     )
     return whole.astype(pixels.dtype.name)
-
-
-def _mean(predictions: list[_Prediction], name: str) -> float:
-    return float(np.mean([getattr(p, name) for p in predictions]))
 
 
 def _wide(array: Any) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jaxtyping import Float, PRNGKeyArray
+from jaxtyping import Float, PRNGKeyArray, Shaped
 
 from jgia.config import DefenseConfig
 from jgia.defenses import Defense
@@ -82,7 +82,7 @@ def gradient_under(
         )
 
 
-def flat(tree: PyTree) -> Float[Array, " outputs"]:
+def flat(tree: PyTree) -> Shaped[Array, " outputs"]:
     """All leaves behind each other."""
     return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])
 
