@@ -2,14 +2,8 @@
 
 from jgia.explain.attack import DeclaredChannel, MostProbable, most_probable
 from jgia.explain.declared import Declared, check_explained, declare
-from jgia.explain.explain import (
-    LARGEST_INPUTS,
-    Explanation,
-    check_dense,
-    dense_bytes,
-    explain_defense,
-    predict_defense,
-)
+from jgia.explain.explain import Explanation, explain_defense, predict_defense
+from jgia.explain.predict import LARGEST_INPUTS, check_dense, dense_bytes
 from jgia.explain.records import explanation_rows
 from jgia.explain.words import EFFECTS, Effect
 

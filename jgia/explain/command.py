@@ -11,7 +11,8 @@ from jaxtyping import PRNGKeyArray
 
 from jgia.config.risk import RiskConfig
 from jgia.explain.declared import check_explained
-from jgia.explain.explain import LARGEST_INPUTS, check_dense, dense_bytes, explain_defense
+from jgia.explain.explain import explain_defense
+from jgia.explain.predict import LARGEST_INPUTS, check_dense, dense_bytes
 from jgia.explain.records import explanation_rows
 from jgia.models import Victim, make_victim
 from jgia.risk import Prior, Release

@@ -58,7 +58,7 @@ def _row(parts: Sequence[Explanation], before: Sequence[Explanation]) -> dict[st
         "standard_error": _number(spread),
         "ratio": _number(realized / expected if expected else math.nan),
         "linearization_ratio": _number(_mean(parts, "linearization_ratio")),
-        "converged": float(np.mean([part.converged for part in parts])),
+        "converged": float(np.mean([np.mean(part.converged) for part in parts])),
         "draws": len(one.errors),
         "layer_risk_before": _layers(before),
         "layer_risk": _layers(parts),
