@@ -90,11 +90,11 @@ def most_probable(
     problem = _Problem(channel, seen, mean, rows)
     found = problem.search(np.zeros(len(rows)), 1.0, num_steps, tolerance)
     if not found.converged and np.isfinite(found.objective):
-        start, steps = np.zeros(len(rows)), found.num_steps
-        excess = problem.misfit(start) / len(seen)
+        last = found._replace(z=np.zeros(len(rows)))
+        steps, excess = found.num_steps, problem.misfit(last.z) / len(seen)
         for heat in np.geomspace(max(1.0, excess), 1.0, _STAGES):
-            last = problem.search(start, float(heat), num_steps, tolerance)
-            start, steps = last.z, steps + last.num_steps
+            last = problem.search(last.z, float(heat), num_steps, tolerance)
+            steps += last.num_steps
         if last.objective < found.objective:
             found = last
         found = found._replace(num_steps=steps)

@@ -152,7 +152,8 @@ def _noisy(plain: Declared, variance: Array, fisher_gain: float = 1.0) -> Declar
 
 def _on_shared(key: PRNGKeyArray, name: str, config: DefenseConfig, update: PyTree) -> Declared:
     chain = Defense(config=config).transformation(key)
-    shared, state = chain.update(update, chain.init(update))
+    found: Any = chain.update(update, chain.init(update))
+    shared, state = found
     plain = _plain(flat(shared))
     if name == "top_k":
         return plain._replace(kept=plain.shared != 0)

@@ -1,6 +1,7 @@
 """What is predicted of every defense, against dense float64 linear algebra of its own."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ RNG = np.random.default_rng(0)
 IMAGE = jnp.asarray(RNG.uniform(0.2, 0.8, (3, 3, 1)))
 PAIR = jnp.asarray(RNG.uniform(0.2, 0.8, (2, 3, 3, 1)))
 PRIOR = Prior.from_data(RNG.uniform(size=(40, 9)))
+SIGMA = np.asarray(PRIOR.rows()).T @ np.asarray(PRIOR.rows())
 TAU, S, D = 0.01, 0.05, 9
 KEY = jax.random.key(7)
 SHAPES = [leaf.shape for leaf in jax.tree.leaves(PARAMS)]
@@ -38,7 +40,7 @@ def jacobian(fn=gradient, x=IMAGE):
 
 def dense(jac, noise, sigma=None):
     """``tr (Sigma^-1 + J' C^-1 J)^-1``."""
-    sigma = np.asarray(PRIOR.factor.T @ PRIOR.factor) if sigma is None else sigma
+    sigma = SIGMA if sigma is None else sigma
     whole = np.diag(noise) if np.ndim(noise) == 1 else noise
     return np.trace(np.linalg.inv(np.linalg.inv(sigma) + jac.T @ np.linalg.solve(whole, jac)))
 
@@ -47,7 +49,7 @@ def white(extra=0.0, size=None):
     return np.full(size or len(gradient(IMAGE)), TAU**2) + extra
 
 
-def explained(name: ExplainName, image=IMAGE, labels=1, draws=2, **knobs):
+def explained(name: ExplainName, image=IMAGE, labels: Any = 1, draws=2, **knobs: Any):
     defense = ExplainConfig(explain=(name,), **knobs).options(name)
     return predict_defense(
         jax.random.clone(KEY),
@@ -101,7 +103,7 @@ def test_laplace_noise_has_a_gaussians_covariance_and_at_most_twice_its_informat
     scale = S / 2**0.5
     np.testing.assert_allclose(found.invloss, dense(jac, white(2 * scale**2)), rtol=1e-8)
     np.testing.assert_allclose(found.invloss_least, dense(jac, white(scale**2)), rtol=1e-8)
-    sigma = np.asarray(PRIOR.factor.T @ PRIOR.factor)
+    sigma = SIGMA
     twice = 2 * jac.T @ np.linalg.solve(np.diag(white(S**2)), jac)
     never_less = np.trace(np.linalg.inv(np.linalg.inv(sigma) + twice))
     assert never_less <= found.invloss_least < found.invloss
@@ -129,7 +131,7 @@ def test_dp_sgd_clips_every_example_and_adds_noise():
         fn = clipped(bound)
         return (fn(images[0], 1) + fn(images[1], 2)) / 2
 
-    sigma = np.kron(np.eye(2), np.asarray(PRIOR.factor.T @ PRIOR.factor))
+    sigma = np.kron(np.eye(2), SIGMA)
     jac = jacobian(mean, PAIR)
     noise = white((multiplier * bound / 2) ** 2)
     np.testing.assert_allclose(found.invloss, dense(jac, noise, sigma), rtol=1e-8)
@@ -160,7 +162,7 @@ def test_adaptive_scale_declares_the_noise_of_its_target():
     found = explained("adaptive_scale", target_error=0.4, prior_std=0.2, noise_rounds=3)
     jac = jacobian()
     sigma2 = np.linalg.svd(jac, compute_uv=False) ** 2
-    low, high = 1e-8, 1e4
+    low, high, tau = 1e-8, 1e4, 1.0
     for _ in range(200):
         tau = (low * high) ** 0.5
         error = np.sum(0.04 * tau**2 / (0.04 * sigma2 + tau**2))
@@ -171,7 +173,7 @@ def test_adaptive_scale_declares_the_noise_of_its_target():
 def test_shaped_and_input_noise_are_seen_through_the_jacobian():
     jac = jacobian()
     spread = 0.2**2 * 0.4 / 0.6  # s^2 t / (s^2 + t) = 0.4 s^2
-    shape = {"target_error": 0.4, "prior_std": 0.2}
+    shape: dict[str, Any] = {"target_error": 0.4, "prior_std": 0.2}
     found = explained("input_noise", **shape)
     np.testing.assert_allclose(
         found.invloss, dense(jac, np.diag(white()) + spread * jac @ jac.T), rtol=1e-7
