@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
@@ -29,27 +31,28 @@ def check_explanations(config: RiskConfig, victim: Victim, release: Release) -> 
     for name in config.explain.explain:
         check_explained(config.explain.options(name), release)
     memory = int(config.memory_gib * 2**30)
-    outputs, inputs = _sizes(config, victim, victim.input_shape)
     try:
-        check_dense(outputs, inputs, memory_bytes=memory)
+        check_dense(*_sizes(config, victim, release), memory_bytes=memory)
     except ValueError as error:
-        fitting = None if config.trained else _fitting(config, victim, memory)
+        fitting = None if config.trained else _fitting(config, victim, release, memory)
         advice = "no --image-size fits." if fitting is None else f"--image-size {fitting} fits."
         raise ValueError(f"{error} {advice}") from None
 
 
-def _sizes(config: RiskConfig, victim: Victim, shape: tuple[int, int, int]) -> tuple[int, int]:
-    """Shared numbers and pixels at an image shape; for an embedding, at most."""
-    params = victim.param_shapes()
-    outputs = sum(leaf.size for leaf in jax.tree.leaves(params))
-    return outputs, config.together * shape[0] * shape[1] * shape[2]
+def _sizes(config: RiskConfig, victim: Victim, release: Any) -> tuple[int, int]:
+    """Shared numbers and pixels; nothing is computed."""
+    batch = () if config.together == 1 else (config.together,)
+    image = jax.ShapeDtypeStruct((*batch, *victim.input_shape), jnp.float32)
+    label = jax.ShapeDtypeStruct(batch, jnp.int32)
+    shared = jax.eval_shape(release, victim.param_shapes(), image, label)
+    return sum(leaf.size for leaf in jax.tree.leaves(shared)), image.size
 
 
-def _fitting(config: RiskConfig, victim: Victim, memory: int) -> int | None:
+def _fitting(config: RiskConfig, victim: Victim, release: Any, memory: int) -> int | None:
+    """The largest multiple of 4 below the image's side at which an explanation fits."""
     height, _, channels = victim.input_shape
-    for side in range(height - 1, 3, -1):
-        count = config.together * side * side * channels
-        if count > LARGEST_INPUTS or side % 4:
+    for side in range((height - 1) // 4 * 4, 3, -4):
+        if config.together * side * side * channels > LARGEST_INPUTS:
             continue
         try:
             smaller = make_victim(
@@ -59,9 +62,10 @@ def _fitting(config: RiskConfig, victim: Victim, memory: int) -> int | None:
                 normalization=victim.normalization,
                 **config.model.architecture(),
             )
-            outputs, inputs = _sizes(config, smaller, (side, side, channels))
+            moved = dataclasses.replace(release, victim=smaller)
+            outputs, inputs = _sizes(config, smaller, moved)
         except ValueError:
-            continue
+            continue  # the model does not take images of this size
         if dense_bytes(outputs, inputs) <= memory:
             return side
     return None

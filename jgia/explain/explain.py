@@ -167,18 +167,8 @@ def predict_defense(
 ) -> Explanation:
     """:func:`explain_defense` without the attack: the same figures, ``errors`` empty.
 
-    Args:
-      key: as there; the same key predicts the same.
-      defense: as there.
-      release: as there.
-      params: as there.
-      image: as there.
-      labels: as there.
-      prior: as there.
-      noise_std: as there.
-      num_draws: over which dropout and augmentation are averaged.
-      chunk_size: as there.
-      memory_bytes: as there.
+    Takes the same arguments; ``num_draws`` are those over which dropout and augmentation are
+    averaged. The same key predicts the same.
 
     Raises:
       ValueError: as there.

@@ -1,5 +1,7 @@
 """Adaptive noise over several rounds: the target is met by what they tell together."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,8 +40,8 @@ def jacobian(params=PARAMS):
 
 
 def options(name, rounds, floor=1.0):
-    knobs = {"noise_floor": floor} if name == "shaped" else {}
-    return DefenseConfig(defense=(name,), target_error=TARGET, noise_rounds=rounds, **knobs)
+    config = DefenseConfig(defense=(name,), target_error=TARGET, noise_rounds=rounds)
+    return dataclasses.replace(config, noise_floor=floor) if name == "shaped" else config
 
 
 def fisher(name, rounds, params=PARAMS, floor=1.0):
