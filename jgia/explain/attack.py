@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ from jaxtyping import Bool, Float
 from jgia import _checks
 
 _LEAST_DAMPING, _FIRST_DAMPING, _LARGEST_DAMPING = 1e-12, 1e-3, 1e9
-_STAGES = 6
+_STAGES, _DEVIATIONS = 6, 6
 
 
 class DeclaredChannel(NamedTuple):
@@ -39,7 +40,8 @@ class MostProbable(NamedTuple):
       image: (d,) the estimate.
       objective: ``||C^(-1/2) (o - G(x))||^2 + ||z||^2`` there.
       num_steps: steps that were taken.
-      converged: whether the next step would be short against the posterior.
+      converged: whether the next step would be short against the posterior, and what the image
+        leaves of the observation is no more than the noise can be.
     """
 
     image: np.ndarray
@@ -61,8 +63,8 @@ def most_probable(
 
     Minimizes ``||C^(-1/2) (o - G(mu + L' z))||^2 + ||z||^2`` over z. For a linear release and
     Gaussian noise the first step is the posterior mean, whose expected error is InvLoss. A search
-    that does not converge is made again with noise that explains the start, taken away in stages;
-    the lower objective is kept.
+    that does not converge, or ends where the misfit is larger than the noise can make it, is made
+    again with noise that explains the start, taken away in stages; the lower objective is kept.
 
     Args:
       channel: what is declared of the release.
@@ -89,7 +91,13 @@ def most_probable(
     _check(channel, seen, mean, rows, num_steps, tolerance)
     problem = _Problem(channel, seen, mean, rows)
     found = problem.search(np.zeros(len(rows)), 1.0, num_steps, tolerance)
-    if not found.converged and np.isfinite(found.objective):
+    # Where the model holds the misfit is chi-squared, whatever the prior makes of the image.
+    largest = len(seen) + _DEVIATIONS * math.sqrt(2 * len(seen))
+
+    def explained(end: _Found) -> bool:
+        return end.converged and end.objective - float(end.z @ end.z) < largest
+
+    if np.isfinite(found.objective) and not explained(found):
         last = found._replace(z=np.zeros(len(rows)))
         steps, excess = found.num_steps, problem.misfit(last.z) / len(seen)
         for heat in np.geomspace(max(1.0, excess), 1.0, _STAGES):
@@ -99,7 +107,7 @@ def most_probable(
             found = last
         found = found._replace(num_steps=steps)
     image = mean + found.z @ rows
-    return MostProbable(image, found.objective, found.num_steps, found.converged)
+    return MostProbable(image, found.objective, found.num_steps, explained(found))
 
 
 class _Found(NamedTuple):

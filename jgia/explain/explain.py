@@ -45,7 +45,7 @@ class Explanation(NamedTuple):
         noise that is there in any case.
       errors: (draws,) of the attack (:func:`jgia.explain.most_probable`) on what the defense
         really made.
-      converged: (draws,) whether it did.
+      converged: (draws,) whether it found an image that the noise explains.
     """
 
     name: str

@@ -142,7 +142,8 @@ def print_explanations(console: Console, rows: Sequence[Mapping[str, Any]]) -> N
             console.print(
                 Text(
                     f"{row['defense']}: {words.percent(1 - row['converged'])} of the searches did "
-                    "not converge; the attack's error is too large by what they missed."
+                    "not converge to an image that the noise explains; a better attack may do "
+                    "better there."
                 )
             )
 

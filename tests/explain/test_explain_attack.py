@@ -67,7 +67,8 @@ def test_the_estimate_is_the_posterior_mean_for_correlated_noise():
     factor, variance = RNG.normal(size=(P, 2)), RNG.uniform(0.1, 1, P)
     noise = np.diag(variance) + factor @ factor.T
     mean, rows = np.asarray(PRIOR.mean), np.asarray(PRIOR.factor)
-    seen = WEIGHTS @ IMAGE.reshape(-1) + RNG.normal(size=P)
+    seen = WEIGHTS @ IMAGE.reshape(-1) + np.sqrt(variance) * RNG.normal(size=P)
+    seen = seen + factor @ RNG.normal(size=2)
     channel = DeclaredChannel(
         value=lambda x: WEIGHTS @ x,
         linear=lambda x: (WEIGHTS @ x, WEIGHTS),
@@ -95,6 +96,23 @@ def test_a_curved_release_says_that_it_is_not_what_was_predicted():
     (row,) = explanation_rows([[found]])
     assert row["ratio"] == pytest.approx(found.realized / found.expected)
     assert row["linearization_ratio"] == pytest.approx(found.linearization_ratio)
+
+
+def test_an_end_that_the_noise_does_not_explain_is_not_converged():
+    """Attributed to a release that could not have made it: a wrong channel is noticed."""
+    found = explained(None, lambda params, image, labels: jnp.abs(image.reshape(-1)) * 0.01)
+    assert found.converged.all()
+    channel = DeclaredChannel(
+        value=lambda x: WEIGHTS @ x,
+        linear=lambda x: (WEIGHTS @ x, WEIGHTS),
+        kept=np.ones(P, bool),
+        variance=np.full(P, 1e-4),
+        factor=None,
+    )
+    mean, rows = np.asarray(PRIOR.mean), np.asarray(PRIOR.factor)
+    true = WEIGHTS @ IMAGE.reshape(-1)
+    assert most_probable(channel, true + 0.01 * RNG.normal(size=P), mean, rows).converged
+    assert not most_probable(channel, true + 0.1 * RNG.normal(size=P), mean, rows).converged
 
 
 def test_a_release_that_is_not_finite_leaves_the_prior_mean_and_says_so():
