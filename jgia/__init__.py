@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jgia.data import load_dataset as load_dataset
     from jgia.defenses import detect_crafted as detect_crafted
     from jgia.defenses import make_defense as make_defense
+    from jgia.explain import explain_defense as explain_defense
     from jgia.federated import client_update as client_update
     from jgia.federated import load_update as load_update
     from jgia.federated import save_update as save_update
@@ -89,6 +90,7 @@ _EXPORTS = {
     "UpdateRelease": "jgia.risk",
     "Victim": "jgia.models",
     "client_update": "jgia.federated",
+    "explain_defense": "jgia.explain",
     "infer_labels": "jgia.attacks.labels",
     "detect_crafted": "jgia.defenses",
     "inspect_parameters": "jgia.inspect",

@@ -17,6 +17,7 @@ from jgia.audit import build_victim, environment, load_split, plain
 from jgia.config import ModelConfig
 from jgia.config.risk import RiskConfig
 from jgia.data import Dataset
+from jgia.explain.command import check_explanations, explain_inputs
 from jgia.methods import Progress
 from jgia.models import Victim, with_batch_norm
 from jgia.risk import (
@@ -81,6 +82,8 @@ def run_risk(
         pixels, _ = public.take(np.arange(len(public)))
         prior = make_prior(config.prior, pixels, rank=config.prior_rank, shrinkage=config.shrinkage)
     groups = (config.images // config.together, config.together)
+    if config.explain.explain:
+        check_explanations(config, victim, release)
     inputs = images.reshape(*groups, *images.shape[1:])
     classes = labels.reshape(groups)
     if config.together == 1:
@@ -94,7 +97,7 @@ def run_risk(
             inputs,
             classes,
             prior=prior,
-            noise_std=config.noise_std,
+            noise_std=config.noise_std / math.sqrt(config.rounds),
             settings=RiskSettings(
                 route=config.route,
                 labels_known=config.labels_known,
@@ -104,6 +107,19 @@ def run_risk(
                 memory_bytes=int(config.memory_gib * 2**30),
             ),
         )
+    explanations = None
+    if config.explain.explain:
+        with clock.stage("explain_s"):
+            explanations = explain_inputs(
+                jax.random.fold_in(key_risk, 1),
+                config,
+                release,
+                params,
+                inputs,
+                classes,
+                prior,
+                report,
+            )
     result = {
         "version": SCHEMA_VERSION,
         "command": command,
@@ -130,10 +146,13 @@ def run_risk(
             "energy": found.energy,
         },
         "noise_std": config.noise_std,
+        "rounds": config.rounds,
         "route": found.choice._asdict(),
         "risk": found.aggregate(classes if config.together == 1 else None),
         "inputs": [_row(found, index, classes[index]) for index in range(len(inputs))],
     }
+    if explanations is not None:
+        result["explanations"] = explanations
     return RiskOutcome(
         result=result,
         report=found,

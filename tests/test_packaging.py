@@ -33,6 +33,7 @@ ALLOWED = {
     "replay": {"models", "observation"},
     "attacks": BASE | {"models", "observation", "replay", "risk", "sparse"},
     "risk": BASE | {"models", "observation", "replay"},
+    "explain": BASE | {"models", "risk", "defenses"},
     "metrics": {"_checks"},
     "report": {"_checks", "_io"},
     "training": BASE | {"_io", "data", "federated", "models", "risk"},

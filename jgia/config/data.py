@@ -15,7 +15,8 @@ class DataConfig:
     """`sample`, `tfds:NAME[:split]`, `npz:PATH` or `folder:PATH`."""
 
     image_size: int | None = None
-    """Side in pixels to resize to (`sample` has 32 and 64); as they are when left out."""
+    """Side in pixels to resize to (`sample` has 32 and 64, and resizes to less); as they are when
+    left out."""
 
     limit: int | None = None
     """Load at most this many images."""

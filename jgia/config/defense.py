@@ -32,7 +32,7 @@ ADAPTIVE = ("adaptive_scale", "input_noise", "shaped")
 """Defenses that adapt noise to a gradient as a function of its batch; FedSGD alone has that."""
 
 _NAMES = ("augment", "dp_sgd", "dropout", *ADAPTIVE, *ON_SHARED)
-_READERS: dict[str, tuple[str, ...]] = {
+READERS: dict[str, tuple[str, ...]] = {
     "noise_std": ("gaussian", "laplace"),
     "noise_relative": ("gaussian", "laplace"),
     "noise_known": ("gaussian", "laplace", "dp_sgd", "adaptive_scale", "shaped"),
@@ -48,9 +48,11 @@ _READERS: dict[str, tuple[str, ...]] = {
     "jitter": ("augment",),
     "target_error": ADAPTIVE,
     "prior_std": ADAPTIVE,
+    "noise_rounds": ADAPTIVE,
     "noise_shape": ("shaped",),
     "noise_floor": ("shaped",),
 }
+"""Which defenses read a knob."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,10 @@ class DefenseConfig:
     """Standard deviation of a pixel that these take an attacker to know beforehand; a public
     figure, not measured on the client's images."""
 
+    noise_rounds: int = 1
+    """Rounds in which the client shares updates of the same images: these make the noise so large
+    that all of them together leave `target_error`. Exact for equal rounds."""
+
     noise_shape: NoiseShape = "water_filling"
     """`shaped`: least energy for the target (`water_filling`), or equal noise on all pixel
     directions (`uniform`)."""
@@ -143,6 +149,7 @@ class DefenseConfig:
         _checks.one_of(("water_filling", "uniform"), noise_shape=self.noise_shape)
         _checks.one_of(("global", "layer"), sparsity_scope=self.sparsity_scope)
         _checks.at_least(0, crop_padding=self.crop_padding)
+        _checks.at_least(1, noise_rounds=self.noise_rounds)
         if not 2 <= self.num_bits <= 32:
             raise ValueError(f"num_bits must be between 2 and 32, got {self.num_bits}.")
         if not 0 < self.keep_fraction <= 1:
@@ -160,7 +167,7 @@ class DefenseConfig:
     def _refuse_idle_knobs(self) -> None:
         """A knob that nothing reads would pass for a defense that is not there."""
         for field in dataclasses.fields(self):
-            readers = _READERS.get(field.name, self.defense)
+            readers = READERS.get(field.name, self.defense)
             if getattr(self, field.name) != field.default and not set(readers) & set(self.defense):
                 raise ValueError(
                     f"{field.name} has no effect without the defense that reads it; "
@@ -180,7 +187,7 @@ class DefenseConfig:
             knobs = [
                 f"{field.name}={_shown(getattr(self, field.name))}"
                 for field in dataclasses.fields(self)
-                if name in _READERS.get(field.name, ())
+                if name in READERS.get(field.name, ())
                 and (field.name in _ALWAYS or getattr(self, field.name) != field.default)
             ]
             parts.append(f"{name}({', '.join(knobs)})")

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 from jgia import _checks
 from jgia.config.client import ClientConfig
 from jgia.config.data import DataConfig
+from jgia.config.explain import ExplainConfig
 from jgia.config.model import ModelConfig
 
 PriorName = Literal["gaussian", "isotropic", "low_rank"]
@@ -23,6 +24,8 @@ class RiskConfig:
     model: ModelConfig = dataclasses.field(default_factory=lambda: ModelConfig(model="lenet"))
     client: ClientConfig = dataclasses.field(default_factory=ClientConfig)
 
+    explain: ExplainConfig = dataclasses.field(default_factory=ExplainConfig)
+
     trained: Path | None = None
     """Parameters of honest training: a folder written by `jgia train-victim`, instead of `--model`
     with random ones; `--batch-norm` may change its mode."""
@@ -36,6 +39,10 @@ class RiskConfig:
     noise_std: float = 1e-3
     """Standard deviation of the noise on every shared entry, in absolute terms: a defense's, or
     what rounding leaves without one."""
+
+    rounds: int = 1
+    """Rounds in which the client releases updates like this one of the same images, each with
+    noise of its own: their information adds up."""
 
     clip_norm: float | None = None
     """The client clips what it shares to this Euclidean norm."""
@@ -87,6 +94,7 @@ class RiskConfig:
 
     def __post_init__(self) -> None:
         _checks.at_least(1, images=self.images, together=self.together, chunk_size=self.chunk_size)
+        _checks.at_least(1, rounds=self.rounds)
         _checks.positive(noise_std=self.noise_std, memory_gib=self.memory_gib)
         _checks.fraction(shrinkage=self.shrinkage)
         _checks.one_of(get_args(PriorName), prior=self.prior)
@@ -100,8 +108,25 @@ class RiskConfig:
             self.clip_norm is not None or self.visible_layers is not None
         ):
             raise ValueError("an embedding has no clip_norm and no visible_layers; leave them out.")
+        if self.explain.explain:
+            self._check_explain()
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2^32 - 1, got {self.seed}.")
+
+    def _check_explain(self) -> None:
+        """What an explanation cannot be combined with."""
+        if self.rounds > 1:
+            raise ValueError(
+                f"--explain is about one release, got rounds={self.rounds}; leave --rounds out "
+                "(--noise-rounds sizes the noise of adaptive defenses)."
+            )
+        if self.prior == "low_rank":
+            raise ValueError(
+                "--explain needs a prior of full rank, got prior='low_rank'; use --prior gaussian "
+                "or isotropic, with a smaller --image-size."
+            )
+        if not self.labels_known:
+            raise ValueError("--explain attacks with known labels; leave --no-labels-known out.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,8 @@ def load_dataset(
           prepared on disk, for example ``"tfds:mnist:test[:1000]"``; TensorFlow itself is not
           needed. NAME may carry a configuration and a version: ``"tfds:NAME/CONFIG:1.0.0:test"``.
       image_size: resize to this many pixels squared: the centre square is cut out and resized
-        with Pillow's Lanczos filter. For ``sample`` it chooses between 32 (the default) and 64.
+        with Pillow's Lanczos filter. For ``sample`` it chooses between 32 (the default) and 64, or
+        makes the crops of 32 smaller.
       download: let TensorFlow Datasets fetch a missing data set; used by ``tfds:`` only.
       data_dir: where TensorFlow Datasets keeps its data; used by ``tfds:`` only.
       limit: load at most this many images: the first ones, or, for a folder, the first ones of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import io
 import json
@@ -9,6 +10,7 @@ import json
 import numpy as np
 from PIL import Image
 
+from jgia.data import pixels
 from jgia.data.dataset import DataError, Dataset
 
 SIZES = (32, 64)
@@ -25,15 +27,23 @@ def load(
 
     Args:
       size: what follows ``sample:``, or ``None``.
-      image_size: 32 or 64; must agree with ``size`` where both are given.
+      image_size: 32 or 64, which must agree with ``size`` where both are given; smaller than both,
+        crops are resized.
       limit: at most this many crops.
 
     Returns:
       The data set, with its ``public`` mask.
 
     Raises:
-      DataError: a size that is not bundled.
+      DataError: a size that is not bundled and not smaller.
     """
+    if image_size is not None and image_size < SIZES[0]:
+        whole = load(size, limit=limit)
+        return dataclasses.replace(
+            whole,
+            images=pixels.resize(whole.images, image_size),
+            name=f"{whole.name} resized to {image_size}",
+        )
     asked = {str(s) for s in (size, image_size) if s is not None} or {str(SIZES[0])}
     choices = [s for s in SIZES if asked == {str(s)}]
     if not choices:

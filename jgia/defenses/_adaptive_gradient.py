@@ -76,7 +76,9 @@ def adaptive_gradient(
     the prior is ``prior_std^2 I`` on pixels and the target ``target_error`` of its energy. The Gram
     matrix is the private one. Singular values that rounding hides count as that of the rounding,
     not as zero, where the gradient has at least as many entries as the batch has pixels: an
-    attacker without rounding errors would see them.
+    attacker without rounding errors would see them. ``noise_rounds`` releases of the same images
+    tell as much as one with noise of that part of the variance: the variance is that many times
+    larger.
     """
 
     def fn(pixels: Array) -> PyTree:
@@ -86,8 +88,7 @@ def adaptive_gradient(
     variance = config.prior_std**2
     zero = jnp.zeros((), images.dtype)
     if name == "input_noise":
-        # Every pixel's error s^2 xi / (s^2 + xi) is target_error s^2, whatever the image.
-        std = (variance * config.target_error / (1 - config.target_error)) ** 0.5
+        std = input_noise_std(config)
         draw = jax.random.normal(key, images.shape, images.dtype)
         return fn(images + std * draw), AdaptiveStats(zero)
     target = config.target_error * images.size * variance
@@ -97,7 +98,7 @@ def adaptive_gradient(
     if name == "adaptive_scale":
         values = jnp.linalg.eigvalsh(gram)
         sigma = jnp.sqrt(jnp.maximum(values, _least(values) if size >= images.size else 0.0))
-        scale = scale_for_target(sigma, variance, target)
+        scale = scale_for_target(sigma, variance, target) * config.noise_rounds**0.5
 
         def noisy(leaf: Array, leaf_key: PRNGKeyArray) -> Array:
             draw = jax.random.normal(leaf_key, leaf.shape, leaf.dtype)
@@ -105,14 +106,52 @@ def adaptive_gradient(
 
         shared = jax.tree.map(noisy, gradient, leaf_keys(key, gradient))
         return shared, AdaptiveStats(scale)
-    if size >= images.size:
-        gram = gram + 2 * _least(jnp.linalg.eigvalsh(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
-    covariance = shaped_covariance(gram, variance, target, shape=config.noise_shape)
-    made = shaped_noise(
-        key, fn, images, covariance_factor(covariance), gram=gram, floor=config.noise_floor
-    )
+    factor, gram = _shape(config, images, gram, lift=size >= images.size)
+    made = shaped_noise(key, fn, images, factor, gram=gram, floor=config.noise_floor)
     std = jnp.sqrt(made.energy / size + jnp.square(made.floor_std))
     return jax.tree.map(jnp.add, gradient, made.noise), AdaptiveStats(std)
+
+
+def input_noise_std(config: DefenseConfig) -> float:
+    """Standard deviation of ``input_noise`` per pixel.
+
+    Every pixel's error ``s^2 xi / (s^2 + xi)`` after ``noise_rounds`` releases of variance ``xi
+    noise_rounds`` is ``target_error s^2``, whatever the image.
+    """
+    share = config.target_error / (1 - config.target_error)
+    return config.prior_std * (share * config.noise_rounds) ** 0.5
+
+
+def shaped_covariance_of(
+    config: DefenseConfig, fn: Any, images: Array, num_outputs: int
+) -> tuple[Float[Array, "d d"], Float[Array, ""]]:
+    """What ``shaped`` declares at these images: the factor F in input space, and the floor.
+
+    Args:
+      config: its knobs.
+      fn: the gradient as a function of the images.
+      images: the batch.
+      num_outputs: entries of the gradient.
+
+    Returns:
+      F, with noise of covariance ``J F F' J' + floor_std^2 I`` on the gradient, and ``floor_std``.
+    """
+    gram = release_gram(fn, images, chunk_size=_CHUNK)
+    factor, gram = _shape(config, images, gram, lift=num_outputs >= images.size)
+    energy = jnp.maximum(jnp.sum(factor * (gram @ factor)), 0)
+    return factor, jnp.sqrt(config.noise_floor * energy / num_outputs)
+
+
+def _shape(
+    config: DefenseConfig, images: Array, gram: Array, *, lift: bool
+) -> tuple[Float[Array, "d d"], Float[Array, "d d"]]:
+    """The factor of the covariance in input space, and the Gram matrix that it is made of."""
+    variance = config.prior_std**2
+    target = config.target_error * images.size * variance
+    if lift:
+        gram = gram + 2 * _least(jnp.linalg.eigvalsh(gram)) * jnp.eye(len(gram), dtype=gram.dtype)
+    covariance = shaped_covariance(gram, variance, target, shape=config.noise_shape)
+    return covariance_factor(config.noise_rounds * covariance), gram
 
 
 def _least(values: Array) -> Array:

@@ -62,6 +62,7 @@ def print_risk(console: Console, result: Mapping[str, Any], paths: Sequence[Path
       paths: files that were written.
     """
     risk, prior = result["risk"], result["prior"]
+    rounds = f" in each of {result['rounds']} rounds" if result["rounds"] > 1 else ""
     console.print(
         Text(
             f"Risk {risk['mean']:.3f} on average, {risk['worst']:.3f} at worst, of "
@@ -72,7 +73,7 @@ def print_risk(console: Console, result: Mapping[str, Any], paths: Sequence[Path
     console.print(
         Text(
             f"{result['release']['num_outputs']:,} shared numbers of "
-            f"{result['release']['num_inputs']:,} pixels, noise {result['noise_std']:g}, "
+            f"{result['release']['num_inputs']:,} pixels, noise {result['noise_std']:g}{rounds}, "
             f"{prior['kind'].replace('_', ' ')} prior (pixel std {prior['pixel_std']:.3f}); route "
             f"{result['route']['route']}: {result['route']['reason']}."
         )
@@ -91,15 +92,86 @@ def print_risk(console: Console, result: Mapping[str, Any], paths: Sequence[Path
             words.percent(row["success_rates"]["25"]),
             f"{row['dimensions']:.0f}",
             f"{row['information']:.0f}",
-            "–" if ratio is None else ("yes" if ratio < 0.3 else f"no ({ratio:.2g})"),
+            _linear(ratio),
         )
     console.print(table)
     if any(not row["diagnostics"]["squared_safely"] for row in result["inputs"]):
         console.print(
             Text("The route squares singular values that the noise does not hide: use --route qr.")
         )
+    if "explanations" in result:
+        print_explanations(console, result["explanations"])
     for path in paths:
         console.print(Text(str(path)), soft_wrap=True)
+
+
+def print_explanations(console: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print what each defense does: in words, as predicted, and as an attack came to.
+
+    Args:
+      console: where to print.
+      rows: ``explanations`` of ``risk.json``; the first without a defense.
+    """
+    for row in rows[1:]:
+        console.print(Text(row["options"], style="bold"))
+        console.print(Text(f"  Jacobian: {row['jacobian']}"))
+        console.print(Text(f"  Noise: {row['covariance']}"))
+        if row["caveat"]:
+            console.print(Text(f"  But: {row['caveat']}."))
+        if row["invloss_least"] != row["invloss"]:
+            console.print(Text(f"  Least error: {_figure(row['invloss_least'])}."))
+        if row["defense"] == "soteria":
+            console.print(Text(f"  Risk of each layer: {_layer_changes(row)}"))
+    table = Table("defense")
+    for name in ("InvLoss", "risk", "here", "attack", "±", "ratio", "curve"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            Text(row["defense"].replace("_", " ")),
+            _figure(row["invloss"]),
+            _figure(row["risk"], ".3f"),
+            _figure(row["expected"]),
+            _figure(row["realized"]),
+            _figure(row["standard_error"], ".1g"),
+            _figure(row["ratio"], ".2f"),
+            _figure(row["linearization_ratio"]),
+        )
+    console.print(table)
+    console.print(
+        Text(
+            f"Squared errors summed over pixels; {rows[0]['energy']:.3g} knowing the prior alone. "
+            "InvLoss: predicted from J and C, over the prior. Here: predicted at these images for "
+            "the attack beside it, which knows J and C. Ratio: what it came to over that. Where it "
+            "is not 1, the update is not linear (curve above 0.3), or the noise not Gaussian."
+        )
+    )
+    for row in rows:
+        if row["converged"] < 1:
+            console.print(
+                Text(
+                    f"{row['defense']}: {words.percent(1 - row['converged'])} of the searches did "
+                    "not converge to an image that the noise explains; a better attack may do "
+                    "better there."
+                )
+            )
+
+
+def _layer_changes(row: Mapping[str, Any]) -> str:
+    before = row["layer_risk_before"]
+    return ", ".join(
+        f"{layer} {_figure(before[layer], '.3f')} to {_figure(risk, '.3f')}"
+        for layer, risk in row["layer_risk"].items()
+    )
+
+
+def _figure(value: float | None, form: str = ".2g") -> str:
+    return "–" if value is None else format(value, form)
+
+
+def _linear(ratio: float | None) -> str:
+    if ratio is None:
+        return "–"
+    return "yes" if ratio < 0.3 else f"no ({ratio:.2g})"
 
 
 def _score_table(result: Mapping[str, Any]) -> Table:

@@ -128,6 +128,18 @@ def test_split_of_the_sample_uses_its_pools() -> None:
         split_client_public(load_dataset("sample"), seed=3, num_client=129)
 
 
+def test_smaller_sizes_are_the_crops_resized() -> None:
+    whole, small = load_dataset("sample", limit=6), load_dataset("sample", image_size=8, limit=6)
+    assert small.images.shape == (6, 8, 8, 3)
+    assert small.images.dtype == whole.images.dtype
+    np.testing.assert_array_equal(small.labels, whole.labels)
+    assert small.public is not None
+    np.testing.assert_array_equal(small.public, whole.public)
+    means = whole.images.reshape(6, 8, 4, 8, 4, 3).mean((2, 4))
+    assert np.abs(small.images - means).mean() < 8
+    assert np.abs(small.images[::-1] - means).mean() > 16
+
+
 @pytest.mark.parametrize(
     ("spec", "image_size"),
     [("sample:48", None), ("sample", 128), ("sample:32", 64), ("sample:", None)],
