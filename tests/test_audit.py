@@ -37,6 +37,7 @@ def _without_times(result) -> dict:
     return {key: value for key, value in result.items() if key not in ("timings", "environment")}
 
 
+@pytest.mark.slow
 def test_result_is_valid_and_says_what_happened(outcome):
     result = outcome.result
     validate_result(result)
@@ -79,6 +80,7 @@ def test_normalization_is_of_the_public_images_only():
     assert plain_victim.normalization.std == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.slow
 def test_same_seed_same_result_and_other_seed_other_images(outcome):
     again = run_audit(CONFIG, command="jgia audit --batch 4")
     assert _without_times(again.result) == _without_times(outcome.result)

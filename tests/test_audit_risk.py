@@ -16,6 +16,8 @@ from jgia.models import make_victim
 from jgia.report import validate_result
 from jgia.risk import Prior, UpdateRelease, invre
 
+pytestmark = pytest.mark.slow
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.uniform(size=(3, 4, 4, 1)).astype("float32")
 PUBLIC = RNG.uniform(size=(40, 4, 4, 1)).astype("float32")

@@ -66,6 +66,7 @@ def _numpy_gradient(arrays, description, images, labels) -> dict[str, np.ndarray
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["torch", "flax"])
 @pytest.mark.parametrize("form", ["npz", "safetensors"])
 def test_round_trip_with_a_client_in_numpy(layout, form, tmp_path, private, best_psnr):

@@ -31,6 +31,7 @@ def benign():
     return jax.tree.map(np.asarray, jax.jit(VICTIM.init)(jax.random.key(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
 @pytest.mark.parametrize("layout", ["flax", "torch"])
 def test_files_are_judged_like_the_parameters_in_them(tmp_path, crafted, benign, suffix, layout):

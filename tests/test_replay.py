@@ -53,6 +53,7 @@ CLIENTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLIENTS)
 def test_simulated_equals_shared(name):
     observation = _observe(CLIENTS[name])
@@ -106,6 +107,7 @@ def test_probabilities_of_one_are_labels():
     assert float(distance("l2", update, observation.update)) < 1e-25
 
 
+@pytest.mark.slow
 def test_adam_has_derivatives_where_gradients_vanish():
     observation = _observe(CLIENTS["adam"])
     params = observation.params | {

@@ -133,6 +133,7 @@ def test_a_fully_connected_first_layer_gives_the_image_to_rounding(dtype, error)
         assert list(result.labels) == [setting.labels[first]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "size", "dtype", "decibels"),
     [
@@ -174,6 +175,7 @@ def test_layers_that_cannot_be_solved_alone_are_solved_together():
     assert psnr(result.images[0], setting.images[0]) > 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["leaky", "cnn"])
 def test_too_few_equations_are_said(model):
     """Fewer equations than pixels in all: no solution is the only one."""

@@ -79,6 +79,7 @@ def psnrs(found, images) -> np.ndarray:
     return -10 * np.log10(np.maximum(errors.min(axis=1, initial=1), 1e-30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "options"),
     [

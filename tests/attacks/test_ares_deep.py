@@ -50,6 +50,7 @@ DEEP = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DEEP)
 def test_images_come_through_deeper_networks(case, pools, best_psnr):
     name, architecture, least, statuses = DEEP[case]
@@ -71,6 +72,7 @@ def test_images_come_through_deeper_networks(case, pools, best_psnr):
     assert np.abs(difference[:, measured.exact]).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_mixtures_behind_average_pooling_fail_to_reproduce_what_was_not_solved_for(pools):
     architecture = {"widths": (32,), "pool": "average", "fc_width": 12}
     result, images, plan, victim, observation = _attack(pools, "cnn", 24, **architecture)

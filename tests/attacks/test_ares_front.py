@@ -142,6 +142,7 @@ def _mismatch(victim, params, kernel, bias, images):
     return float(error.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VICTIMS)
 def test_what_reaches_the_fully_connected_layer(name):
     victim, num, equations = VICTIMS[name]
@@ -176,6 +177,7 @@ def test_float32_rounds_to_its_own_digits(name):
     assert not actual[clearly_off].any()  # a zero stays a zero through every layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", POOLED)
 def test_averages_are_linear_where_everything_is_on(name):
     victim = POOLED[name]
@@ -319,6 +321,7 @@ RECOVERABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECOVERABLE)
 def test_the_image_comes_back_from_what_flax_computes_in_float32(name):
     victim, num, shifted, least = RECOVERABLE[name]

@@ -152,6 +152,7 @@ def test_candidate_that_is_not_finite_leaves_the_others_alone(
         assert np.abs(reconstruction.images - image[None]).max(axis=(1, 2, 3)).min() < 1e-4
 
 
+@pytest.mark.slow
 def test_too_few_equations_are_filled_in_better_than_by_least_squares(make_setting, best_psnr):
     s = make_setting(widths=(4, 4))
     images = s.images[:4]
@@ -171,6 +172,7 @@ def test_too_few_equations_are_filled_in_better_than_by_least_squares(make_setti
     assert all(c["equations_per_unknown"] < 1 for c in result.candidates)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("microbatch", [1, 3])
 def test_microbatch_changes_no_answer(microbatch, setting, reconstruction):
     result = setting.attack(performance=PerformanceFlags(microbatch=microbatch))

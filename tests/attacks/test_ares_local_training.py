@@ -29,6 +29,7 @@ def _recovered(setting, best_psnr, client, options):
     return best_psnr(setting.images[:8], result.images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("client", "least"),
     [

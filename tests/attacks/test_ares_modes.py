@@ -48,12 +48,14 @@ def quality(leaked, best_psnr):
     return found
 
 
+@pytest.mark.slow
 def test_masked_modes_beat_the_papers_linearization_and_the_baselines(quality):
     assert quality["masked_onesided"] >= quality["masked_eq"]
     for baseline in ("klasso_mu", "pinv"):
         assert quality["masked_eq"] > quality[baseline]
 
 
+@pytest.mark.slow
 def test_pseudoinverse_solves_a_linear_layer_exactly():
     key_a, key_x = jax.random.split(jax.random.key(0))
     kernel = np.asarray(jax.random.normal(key_a, (12, 20)))
@@ -81,6 +83,7 @@ def test_activation_matching_lowers_the_misfit_it_descends():
     assert np.abs(np.asarray(start - x)).max() > 0.5
 
 
+@pytest.mark.slow
 def test_klasso_removes_the_mean_and_the_scale_of_the_rectifier():
     """With many more rows than unknowns the scaled, centered lasso approaches x, as in B2."""
     key_a, key_x = jax.random.split(jax.random.key(0))

@@ -199,6 +199,7 @@ def _mean_errors(num_measurements: int, intercept: bool, num_draws: int = 12) ->
     return np.array(errors)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("intercept", [False, True])
 @pytest.mark.parametrize("num_measurements", [300, 900])
 def test_constrained_lasso_has_the_predicted_error(num_measurements, intercept):

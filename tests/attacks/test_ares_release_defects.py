@@ -145,6 +145,7 @@ def test_4_sparse_recovery_uses_a_true_block_transform(setting, monkeypatch):
     assert _support(blocks) < 0.8 * _support(_raster_runs(images))
 
 
+@pytest.mark.slow
 def test_5_inconsistent_equations_of_one_image_are_solved(setting, observation, best_psnr):
     """An over-determined system with noise has no exact solution, and is no mixture."""
     candidates = ares.leak(observation, setting.plan)

@@ -31,6 +31,7 @@ def data(pools, tmp_path_factory) -> DataConfig:
     return DataConfig(data=f"npz:{path}", num_public=96, normalize=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", MODELS)
 def test_audits_name_the_baseline_and_score_it(data: DataConfig, attack):
     config = AuditConfig(data=data, model=MODELS[attack], batch=6, attack=attack)

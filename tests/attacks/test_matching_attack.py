@@ -47,6 +47,7 @@ def _quick(**fields):
     return matching.Settings(**{"num_steps": 30, "learning_rate": 0.05, **fields})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [
@@ -67,6 +68,7 @@ def test_the_image_of_a_small_network_is_found(method, options):
     assert losses[-1] < losses[0] / 10
 
 
+@pytest.mark.slow
 def test_another_image_does_not_fit():
     """The distance tells right from wrong: it is no better elsewhere than where it was found."""
     observation = _observe()
@@ -79,6 +81,7 @@ def test_another_image_does_not_fit():
     assert float(fit) > 100 * -found.scores[0]
 
 
+@pytest.mark.slow
 def test_the_restart_with_the_smallest_distance_is_returned():
     result = matching.attack(jax.random.key(3), _observe(), options=_quick(restarts=3))
     distances = result.stats["restart_distances"]
@@ -87,6 +90,7 @@ def test_the_restart_with_the_smallest_distance_is_returned():
     assert result.selected_by == "gradient distance"
 
 
+@pytest.mark.slow
 def test_microbatches_and_drivers_change_nothing():
     one, *others = (
         matching.attack(
@@ -102,6 +106,7 @@ def test_microbatches_and_drivers_change_nothing():
         np.testing.assert_allclose(other.images, one.images, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
     path = tmp_path / "search.npz"
     whole = matching.attack(jax.random.key(3), _observe(), options=_quick(restarts=2))
@@ -133,6 +138,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
         matching.attack(jax.random.key(3), _observe(), **args)
 
 
+@pytest.mark.slow
 def test_a_flat_loss_ends_the_search_early():
     options = _quick(num_steps=200, patience=20, learning_rate=1e-9)
     result = matching.attack(
@@ -162,6 +168,7 @@ def test_a_second_client_compiles_nothing():
     assert step._cache_size() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 6])
 def test_clients_together_are_clients_one_by_one(size):
     seen = [_observe(IMAGES[i : i + 1], (i % 3,)) for i in range(3)]

@@ -54,6 +54,7 @@ def test_distances_equal_numpy(name, weights):
     assert float(found) == pytest.approx(_expected(name, weights or (1, 1)), rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_distances_have_derivatives(name):
     target = jax.tree.map(jnp.asarray, _update(1))

@@ -46,6 +46,7 @@ def _states(problem, restarts):
     return jax.vmap(search.init, in_axes=(0, None))(keys, problem)
 
 
+@pytest.mark.slow
 def test_the_true_images_have_no_loss():
     problem = _problem(distance="l2", box=False)
     inputs = VICTIM.normalization.normalize(jnp.asarray(IMAGES))
@@ -55,6 +56,7 @@ def test_the_true_images_have_no_loss():
     assert float(other) > 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("joint", [False, True])
 def test_the_loss_has_derivatives(joint):
     problem = _problem(
@@ -71,6 +73,7 @@ def test_the_loss_has_derivatives(joint):
     )
 
 
+@pytest.mark.slow
 def test_signed_adam_by_hand():
     problem = _problem(optimizer="signed_adam", schedule="step", num_steps=3, learning_rate=0.05)
     state = search.init(jax.random.key(1), problem)
@@ -127,6 +130,7 @@ def test_adam_is_optax_in_float64_and_keeps_float32s_digits():
         assert np.abs(_adam_steps(optax.scale_by_adam(), "float32") - exact).max() > 1e-5
 
 
+@pytest.mark.slow
 def test_lbfgs_minimizes_a_quadratic_faster_than_gradient_descent():
     scales = jnp.array([1.0, 0.3, 0.02])
     optimizer = direction("lbfgs")
@@ -140,6 +144,7 @@ def test_lbfgs_minimizes_a_quadratic_faster_than_gradient_descent():
     assert (1 - 0.02) ** 25 > 0.5  # what the stiff direction leaves to gradient descent
 
 
+@pytest.mark.slow
 def test_drivers_and_groups_agree():
     problem = _problem(restarts=3)
     whole = [_states(problem, 3)]
@@ -204,6 +209,7 @@ def test_the_box_holds():
     assert float(VICTIM.normalization.denormalize(state.variables.inputs).max()) > 1.5
 
 
+@pytest.mark.slow
 def test_the_group_prior_pulls_restarts_together():
     fields = {"restarts": 3, "optimizer": "adam", "num_steps": 220, "learning_rate": 0.05}
     spread = []
@@ -233,6 +239,7 @@ def test_layer_weights_follow_the_depth_of_the_layers():
     assert float(loss(problem, Variables(inputs, None), inputs)[0]) == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "expected"), [(6, "scan"), (128, "python")])
 def test_driver_is_python_on_cpu_only_where_xla_convolves(side, expected):
     victim = make_victim("lenet", input_shape=(side, side, 1), num_classes=3, widths=(2,))

@@ -20,6 +20,7 @@ from jgia.report import validate_result
 from jgia.report.write import FILE_NAMES
 
 
+@pytest.mark.slow
 def test_audit_writes_a_valid_report(reported, contents):
     assert set(contents(reported)) == set(FILE_NAMES)
     result = json.loads((reported / "result.json").read_text())
@@ -64,6 +65,7 @@ def test_update_is_saved(suffix, tmp_path, audit):
     assert arrays["fc/kernel"].shape == (32 * 32 * 12, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["flax", "torch"])
 @pytest.mark.parametrize("form", ["npz", "safetensors"])
 def test_craft_then_attack(layout, form, exchange, tmp_path, run, contents):
@@ -154,6 +156,7 @@ def _environment() -> dict[str, str]:
     return {**kept, "PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "MPLBACKEND": "Agg"}
 
 
+@pytest.mark.slow
 def test_as_users_run_it_with_float64_off(tmp_path):
     run = subprocess.run(
         [sys.executable, "-P", "-m", "jgia", "audit", "--batch", "8", "--front-end-trials", "4"],

@@ -37,6 +37,7 @@ def test_crafted_folder_is_flagged_and_the_exit_code_is_zero(exchange, run):
     assert from_file == out
 
 
+@pytest.mark.slow
 def test_benign_file_is_not_flagged(benign, run):
     code, out, err = run("inspect", benign)
     assert (code, err) == (0, "")

@@ -15,6 +15,7 @@ def _run(tmp_path, *arguments):
     return cli.main([*map(str, arguments), "--out", str(tmp_path)])
 
 
+@pytest.mark.slow
 def test_attack_by_name_simulates_a_client(tmp_path, capsys):
     code = _run(
         tmp_path,
@@ -47,6 +48,7 @@ def test_attack_by_name_simulates_a_client(tmp_path, capsys):
     assert "matched" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_labels_are_inferred_where_they_are_not_given(tmp_path):
     assert _run(tmp_path, "audit", "--attack", "idlg", *SMALL, "--num-steps", "3") == 0
     result = json.loads((tmp_path / "result.json").read_text())
@@ -55,6 +57,7 @@ def test_labels_are_inferred_where_they_are_not_given(tmp_path):
     assert result["threat_model"]["labels_known"] is False
 
 
+@pytest.mark.slow
 def test_an_unknown_client_is_matched_by_direction(tmp_path, capsys):
     client = ["--protocol", "fedavg", "--local-epochs", "2", "--no-training-known"]
     arguments = ["attack", "inverting_gradients", *SMALL, *client, "--num-steps", "3"]

@@ -16,6 +16,7 @@ def risk(run, tmp_path):
     return command
 
 
+@pytest.mark.slow
 def test_it_writes_what_it_says(risk, tmp_path):
     code, out, _ = risk("--images", "2", "--spectrum", "True", "--prior-rank", "5")
     assert code == 0
@@ -38,6 +39,7 @@ def test_it_writes_what_it_says(risk, tmp_path):
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_more_noise_and_larger_batches_tell_less(risk, tmp_path):
     def mean(*arguments):
         assert risk("--images", "2", *arguments)[0] == 0
@@ -46,6 +48,7 @@ def test_more_noise_and_larger_batches_tell_less(risk, tmp_path):
     assert mean("--noise-std", "1") < mean("--noise-std", "0.001")
 
 
+@pytest.mark.slow
 def test_embedding_as_json(risk):
     code, out, _ = risk("--images", "1", "--embedding", "fc1", "--json")
     assert code == 0

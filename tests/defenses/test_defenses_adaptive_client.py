@@ -65,6 +65,7 @@ def noise_of(name, count, **options):
     return np.concatenate(rows, axis=1), float(stds[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", [0.2, 0.8])
 def test_adaptive_scale_leaves_the_target_by_a_dense_oracle(target):
     seen = shared("adaptive_scale", target_error=target)
@@ -79,6 +80,7 @@ def test_adaptive_scale_leaves_the_target_by_a_dense_oracle(target):
     assert abs(np.mean(noise**2) / (1.1 * std) ** 2 - 1) > spread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", ["water_filling", "uniform"])
 def test_shaped_noise_leaves_the_target_by_a_dense_oracle(shape):
     """The posterior trace of the measured covariance, to its statistical error."""
@@ -99,6 +101,7 @@ def test_shaped_noise_leaves_the_target_by_a_dense_oracle(shape):
     assert 0.97 < error / (0.5 * ENERGY) < 1.2
 
 
+@pytest.mark.slow
 def test_input_noise_is_the_gradient_of_noisy_images():
     noise, declared = noise_of("input_noise", 3, target_error=0.5)
     assert declared == 0
@@ -110,6 +113,7 @@ def test_input_noise_is_the_gradient_of_noisy_images():
     assert shared("input_noise").threat_model.noise_std == 0
 
 
+@pytest.mark.slow
 @names
 def test_same_key_same_bits_and_more_error_is_more_noise(name):
     first, again, other = (flat_of(shared(name, seed).update) for seed in (0, 0, 1))
@@ -122,6 +126,7 @@ def test_same_key_same_bits_and_more_error_is_more_noise(name):
     assert moved[1] > 2 * moved[0] > 0
 
 
+@pytest.mark.slow
 @names
 def test_shapes_are_kept_in_float32(name):
     defense = make_defense(DefenseConfig(defense=(name,)))
@@ -196,6 +201,7 @@ def test_options_that_do_not_fit_are_refused(options, word):
         DefenseConfig(**options)
 
 
+@pytest.mark.slow
 def test_audit_runs_with_it(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "small.npz"

@@ -8,6 +8,7 @@ from jgia.report import validate_result
 from jgia.report.words import threat_model_words
 
 
+@pytest.mark.slow
 def test_audit_carries_the_defense_from_the_options_to_the_report():
     config = AuditConfig(
         data=DataConfig(num_public=32),
@@ -27,6 +28,7 @@ def test_audit_carries_the_defense_from_the_options_to_the_report():
     assert "1e+03 on every entry" in words["What clients do against it"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("defense", "options"),
     [

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jgia.defenses import coordinate_noise, soteria, soteria_scores
 
@@ -36,6 +37,7 @@ LEAVES = jax.tree.leaves(jax.jacfwd(release)(X))
 JACOBIAN = np.concatenate([np.asarray(leaf).reshape(-1, D) for leaf in LEAVES])
 
 
+@pytest.mark.slow
 def test_coordinate_noise_is_that_of_the_dense_jacobian():
     made = coordinate_noise(jax.random.key(0), release, X, energy=2.0)
     expected = np.linalg.norm(JACOBIAN, axis=1) / np.abs(flat_of(release(X)))
@@ -73,6 +75,7 @@ def test_coordinate_noise_without_dependence_or_with_zero_entries():
     np.testing.assert_allclose(flat_of(made.std), 0.5, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_soteria_scores_are_those_of_the_dense_jacobian():
     rng = np.random.default_rng(5)
     weights = jnp.asarray(rng.normal(size=(6, 5)))

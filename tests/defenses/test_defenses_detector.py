@@ -70,6 +70,7 @@ BENIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BENIGN)
 def test_fresh_parameters_pass(name):
     init = jax.jit(BENIGN[name].init)
@@ -80,6 +81,7 @@ def test_fresh_parameters_pass(name):
         assert report.suspicion < 0.35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "optimizer"),
     [
@@ -99,6 +101,7 @@ def test_trained_parameters_pass(name, optimizer):
     assert report.suspicion < 0.35
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("front_end", ["random", "signed", "direct"])
 def test_ares_is_flagged_many_times_over(crafted, front_end):
     report = detect_crafted(crafted[front_end], _cnn())

@@ -45,6 +45,7 @@ def one_by_one(victim, params, examples):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("victim", "microbatch"), [(MLP, None), (CNN, 1), (CNN, 3)])
 def test_clipped_mean_against_a_loop(victim, microbatch):
     params, examples = drawn(victim)
@@ -68,6 +69,7 @@ def test_clipped_mean_against_a_loop(victim, microbatch):
     assert np.abs(expected - unclipped).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_clipped_mean_against_optax():
     params, examples = drawn(MLP)
     per_example = jax.vmap(jax.grad(lambda p, x, y: MLP.loss(p, x[None], y[None])), (None, 0, 0))

@@ -160,6 +160,7 @@ def test_solarize_inverts_the_bright_pixels_only():
     np.testing.assert_allclose(result[changed], 1 - np.asarray(images)[changed], atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32"])
 def test_everything_at_once_stays_in_range_and_keeps_shape_and_type(dtype):
     key = jax.random.key(4)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jgia.defenses import shaped_noise
 from jgia.risk.shaping import covariance_factor, expected_error, shaped_covariance
@@ -73,6 +74,7 @@ def informed_error(floor: float) -> tuple[float, float]:
     return float(errors.mean()), float(predicted.mean())
 
 
+@pytest.mark.slow
 def test_noise_without_a_floor_is_breakable_and_a_floor_helps():
     """What the documents say of it: the prediction is worth nothing without a floor."""
     broken, predicted = informed_error(1e-6)

@@ -27,6 +27,7 @@ def stable_top_k(flat: np.ndarray, k: int) -> np.ndarray:
     return kept
 
 
+@pytest.mark.slow
 @CASES
 @hypothesis.given(array=ARRAYS, fraction=st.sampled_from([0.01, 0.25, 0.5, 0.7, 1.0]))
 def test_global_and_layer_scope_against_a_stable_sort(array, fraction):

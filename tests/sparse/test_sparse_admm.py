@@ -49,6 +49,7 @@ def _solve(operator, y, lam, mask, weights, init=None, *, solver, options):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(10, 16), (16, 10)])
 def test_agrees_with_proximal_gradient_by_either_factorization(shape):
     problem = _problem(*shape)
@@ -65,6 +66,7 @@ def test_agrees_with_proximal_gradient_by_either_factorization(shape):
     assert np.all(few.duality_gap >= few.objective - other.objective)
 
 
+@pytest.mark.slow
 def test_an_operator_without_a_matrix_takes_conjugate_gradients():
     a, y, lam, mask, weights = _problem(10, 16, seed=1)
     matrix = _solve(a, y, lam, mask, weights, solver="admm", options=AdmmOptions())
@@ -110,6 +112,7 @@ def _total_variation(one_sided, lam=0.5, side=5):
     return result, a, d, y.reshape(-1, 2), mask.reshape(-1, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_total_variation_agrees_with_cvxpy(one_sided):
     result, a, d, y, mask = _total_variation(one_sided)

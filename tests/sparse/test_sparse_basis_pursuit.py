@@ -36,6 +36,7 @@ def _solve(a, y, mask, noise, weights=None, *, one_sided=False, options=None):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one_sided", "noise"), [(False, 0.0), (False, 0.3), (True, 0.2)])
 def test_agrees_with_cvxpy(one_sided, noise):
     a, y, mask, _ = _problem()
@@ -60,6 +61,7 @@ def test_agrees_with_cvxpy(one_sided, noise):
         assert np.all(result.violation <= 1e-6 * size)
 
 
+@pytest.mark.slow
 def test_sparse_vectors_come_back():
     rng = np.random.default_rng(2)
     a = rng.standard_normal((24, 40))
@@ -71,6 +73,7 @@ def test_sparse_vectors_come_back():
     np.testing.assert_allclose(result.x, c, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_contradicting_equations_do_not_converge():
     a, y, mask, _ = _problem(3)
     twice = jnp.concatenate([a, a]), jnp.concatenate([y, y + 1]), jnp.concatenate([mask, mask])
@@ -81,6 +84,7 @@ def test_contradicting_equations_do_not_converge():
     assert np.all(np.isfinite(result.x))
 
 
+@pytest.mark.slow
 def test_bad_input():
     a, y, mask, _ = _problem(4)
     with pytest.raises(ValueError, match="noise must be zero or more"):

@@ -55,6 +55,7 @@ def _referee(c, a, y, lam, mask: Any = 1, weights: Any = 1, *, one_sided=False):
     return value, value - dual
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", ["conjugate", "fista"])
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-4), (np.float64, 1e-9)])
 def test_agrees_with_scikit_learn(solver, dtype, rtol):
@@ -76,6 +77,7 @@ def test_agrees_with_scikit_learn(solver, dtype, rtol):
         assert best * (1 - 1e-9) <= value[j] <= best * (1 + rtol) * (1 + 1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_a_wide_batch_is_what_its_samples_are_alone(one_sided):
     problem = _problem(2)
@@ -94,6 +96,7 @@ def test_a_wide_batch_is_what_its_samples_are_alone(one_sided):
     np.testing.assert_allclose(together.violation, np.maximum(reached, 0), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @settings(derandomize=True, deadline=None, max_examples=10)
 @given(st.integers(0, 10**6), st.floats(0.1, 1.0), st.booleans())
 def test_optimality_conditions_and_an_honest_gap(seed, share, one_sided):
@@ -117,6 +120,7 @@ def test_optimality_conditions_and_an_honest_gap(seed, share, one_sided):
             assert np.all(np.abs(g - np.sign(x) * bound)[x != 0] <= slack[x != 0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_the_objective_never_rises(one_sided):
     a, *columns = _problem(3)
@@ -134,6 +138,7 @@ def test_the_objective_never_rises(one_sided):
         last = value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_linearly_dependent_columns_are_harmless(dtype):
     a, y, lam, mask, _ = _problem(4, dtype)
@@ -156,6 +161,7 @@ def test_linearly_dependent_columns_are_harmless(dtype):
     np.testing.assert_array_equal(nothing.status, CONVERGED)
 
 
+@pytest.mark.slow
 def test_a_bad_sample_leaves_a_wide_batch_alone():
     a, y, lam, mask, weights = _problem(5)
     clean = _solve(a, y, lam, mask, weights)
@@ -178,6 +184,7 @@ def _ill_conditioned():
     return jnp.asarray(a), jnp.asarray(y), 0.01 * lam_max(jnp.asarray(a), jnp.asarray(y))
 
 
+@pytest.mark.slow
 def test_hundreds_of_steps_keep_the_measurements():
     a, y, lam = _ill_conditioned()
     options = FistaOptions(tolerance=1e-9, max_iterations=20_000)
@@ -196,6 +203,7 @@ def test_hundreds_of_steps_keep_the_measurements():
     assert np.all(np.abs(short.duality_gap - gap) <= 1e-12 * value)
 
 
+@pytest.mark.slow
 def test_a_start_at_the_solution_takes_no_step():
     problem = _problem(8)
     first = _solve(*problem)
@@ -205,6 +213,7 @@ def test_a_start_at_the_solution_takes_no_step():
     np.testing.assert_array_equal(again.x, first.x)
 
 
+@pytest.mark.slow
 def test_vmap_and_derivatives_of_a_wide_batch():
     problems = [_problem(seed) for seed in (9, 10)]
     stacked = [jnp.stack(v) for v in zip(*problems, strict=True)]

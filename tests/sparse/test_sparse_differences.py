@@ -23,6 +23,7 @@ def _dense(shape):
     return np.asarray(FiniteDifferences().apply(units)).reshape(-1, size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 4, 5), (1, 1, 6), (7,)])
 def test_the_adjoint_is_the_transpose_and_the_bound_holds(shape):
     operator = FiniteDifferences()
@@ -95,6 +96,7 @@ def test_the_norm_is_the_largest_product_with_the_dual_ball(isotropic):
     np.testing.assert_allclose(product, operator.norm(field), rtol=1e-13)
 
 
+@pytest.mark.slow
 @BOTH
 def test_gradients_are_finite_on_flat_images(isotropic):
     flat = jnp.full((1, 4, 4, 1), 0.5)

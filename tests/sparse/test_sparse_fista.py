@@ -68,6 +68,7 @@ class Sample:
         return np.sum(self.residual(c) ** 2) / 2 + self.lam * np.abs(c).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float32, 1e-4), (np.float64, 1e-6)])
 def test_agrees_with_scikit_learn(dtype, rtol):
     problem = _problem(dtype)
@@ -87,6 +88,7 @@ def test_agrees_with_scikit_learn(dtype, rtol):
         assert np.sum(np.abs(lasso.coef_) > 1e-9) < len(sample.c)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_the_identity_is_a_soft_threshold_in_the_basis(dtype):
     rng = np.random.default_rng(1)
@@ -142,6 +144,7 @@ def test_optimality_conditions_hold_within_the_gap(one_sided):
         assert np.abs(elsewhere).max() > sample.lam + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_sided", [False, True])
 def test_the_gap_bounds_the_suboptimality_and_decreases(one_sided):
     problem = _problem(seed=3)
@@ -177,6 +180,7 @@ def test_the_gap_bounds_the_suboptimality_and_decreases(one_sided):
     assert np.all(previous < 1e-2 * np.asarray(optimum.objective))
 
 
+@pytest.mark.slow
 def test_one_sided_equations_lower_the_violation():
     # A convolution with ReLU, far fewer active measurements than unknowns.
     rng = np.random.default_rng(4)
@@ -194,6 +198,7 @@ def test_one_sided_equations_lower_the_violation():
     assert bool(jnp.all(bound.violation < 0.5 * free.violation))
 
 
+@pytest.mark.slow
 def test_sparse_images_come_back_from_fewer_equations_than_unknowns():
     rng = np.random.default_rng(5)
     basis = BlockDCT()
@@ -240,6 +245,7 @@ def test_bad_data_and_empty_data_blank_their_own_sample_only():
     np.testing.assert_array_equal(result.x, 0)
 
 
+@pytest.mark.slow
 def test_a_step_bound_changes_nothing():
     operator, y, mask = _problem(seed=7)
     options = LassoOptions(lam_ratio=0.02, num_stages=2, iterations_per_stage=30, one_sided=False)
@@ -248,6 +254,7 @@ def test_a_step_bound_changes_nothing():
     np.testing.assert_array_equal(bound.x, solve(operator, y, mask).x)
 
 
+@pytest.mark.slow
 def test_vmap_over_single_samples_agrees():
     operator, y, mask = _problem(seed=8)
     options = LassoOptions(lam_ratio=0.1, num_stages=2, iterations_per_stage=20)
@@ -276,6 +283,7 @@ def test_a_second_call_does_not_retrace():
     assert len(traces) == 1
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_the_minimizer():
     rng = np.random.default_rng(10)
     kernel, y = (jnp.asarray(rng.standard_normal(s)) for s in ((3, 3, 1, 2), (2, 3, 3, 1)))

@@ -17,6 +17,7 @@ def relaxed():
         yield
 
 
+@pytest.mark.slow
 def test_objective_agrees_with_proximal_gradient(relaxed):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # unmaintained, and says so once

@@ -173,6 +173,7 @@ def test_lam_from_lam_max_up_gives_exactly_zero():
     assert np.all(np.any(_solve(a, y, 0.999 * largest, mask, weights).x != 0, axis=0))
 
 
+@pytest.mark.slow
 def test_samples_do_not_know_of_each_other():
     problem = _problem(6)
     together = _solve(*problem, one_sided=True)
@@ -333,6 +334,7 @@ def test_shapes_that_do_not_fit_are_refused():
 # ---- derivatives
 
 
+@pytest.mark.slow
 def test_derivatives_are_those_of_the_minimizer():
     a, y, lam, mask, weights = _problem(15)
 

@@ -83,6 +83,7 @@ def _problem(dtype: type[np.floating] = np.float64, seed=0, share=0.6):
     return Problem(operator, jnp.asarray(y, dtype), mask, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_agrees_with_dense_least_squares(dtype):
     problem = _problem(dtype)
@@ -321,6 +322,7 @@ def test_too_few_equations_give_the_solution_of_least_norm():
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_vmap_is_a_loop_and_a_second_call_does_not_retrace():
     problem = _problem()
     y = jnp.stack([problem.y, 2 * problem.y[..., ::-1]])

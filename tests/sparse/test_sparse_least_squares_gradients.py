@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.test_util import check_grads
 
 from jgia.sparse import ConvOperator, masked_least_squares
@@ -36,6 +37,7 @@ def _dense_image_of(kernel, y, mask):
     return jax.vmap(one, in_axes=-1, out_axes=-1)(y, mask).reshape(C, H, W, -1)
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_dense_least_squares():
     kernel, x, mask = _problem(share=0.6)
     noise = np.random.default_rng(9).standard_normal((F, H, W, J)) * np.array([0, 1, 100])
@@ -53,6 +55,7 @@ def test_gradients_agree_with_dense_least_squares():
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-10 * scale)
 
 
+@pytest.mark.slow
 def test_gradients_agree_with_finite_differences():
     rng = np.random.default_rng(6)
     kernel, y = (jnp.asarray(rng.standard_normal(s)) for s in ((3, 1, 2, 5), (5, 3, 3, 1)))
@@ -67,6 +70,7 @@ def test_gradients_agree_with_finite_differences():
     )
 
 
+@pytest.mark.slow
 def test_gradients_stay_finite_where_x_is_open_or_data_are_bad():
     # Conjugate gradients for the backward system diverge on the part no equation reaches.
     kernel, x, mask = _problem(share=0.2)

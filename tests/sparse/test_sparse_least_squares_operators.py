@@ -59,6 +59,7 @@ def _system(operator, shape, share, seed=0):
     return jnp.asarray(y), jnp.asarray(mask), systems
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(_operators()))
 def test_every_operator_agrees_with_dense_least_squares(kind):
     operator, shape = _operators()[kind]
@@ -93,6 +94,7 @@ def test_the_diagonal_saves_iterations_where_columns_differ_in_size():
     assert int(plain.iterations.min()) > 3 * int(diagonal.iterations.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "scale"), [("composed", 1e-6), ("matrix", 1e6)])
 def test_the_scale_of_the_operator_does_not_matter(kind, scale):
     operator, shape = _operators()[kind]
@@ -114,6 +116,7 @@ class _Same:
         return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "scaled", "composed"])
 def test_preconditioners_are_close_to_the_inverse_in_scale(kind):
     operator, shape = _operators()[kind]

@@ -29,6 +29,7 @@ def _problem(seed=0):
     return jnp.asarray(a), jnp.asarray(y), jnp.asarray(rng.random((M, J)) < 0.8)
 
 
+@pytest.mark.slow
 def test_the_path_agrees_with_scikit_learn():
     a, y, _ = _problem()
     ratios = (0.7, 0.3, 0.1)
@@ -53,6 +54,7 @@ def test_bad_ratios_are_refused():
         lasso_path(a, y, ())
 
 
+@pytest.mark.slow
 def test_refitting_is_least_squares_on_the_support():
     a, y, mask = _problem(1)
     sparse = jax.jit(lambda y: lasso(a, y, 2.0, mask=mask).x)(y)
@@ -75,6 +77,7 @@ def test_refitting_is_least_squares_on_the_support():
     np.testing.assert_array_equal(none.status, CONVERGED)
 
 
+@pytest.mark.slow
 def test_the_front_door_reaches_jaxopt():
     a, y, mask = _problem(2)
     ours = jax.jit(lambda y: lasso(a, y, 1.0, mask=mask, options=OPTIONS))(y)

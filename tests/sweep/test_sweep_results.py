@@ -44,6 +44,7 @@ def results(varying: tuple[str, ...], *records: CellRecord) -> SweepResults:
     return SweepResults(name="made up", varying=varying, records=records, num_cells=len(records))
 
 
+@pytest.mark.slow
 def test_rows_hold_what_the_audits_found(done):
     rows = done.results.rows
     assert [(row["model"], row["batch"], row["seed"]) for row in rows] == [

@@ -56,6 +56,7 @@ def audits(monkeypatch, outcome):
     return seen
 
 
+@pytest.mark.slow
 def test_every_cell_has_one_record(done):
     results = done.results
     assert results.counts() == {"ok": 4, "refused": 2, "failed": 0, "unfinished": 0}
@@ -195,6 +196,7 @@ def test_an_interrupt_leaves_a_table_and_a_folder_that_goes_on(monkeypatch, audi
     assert [config.batch for config in audits] == [2]
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_ends_as_if_never_killed(done, tmp_path):
     """SIGKILL in the middle of the third cell, in a process of its own."""
     config, folder = tmp_path / "tiny.toml", tmp_path / "out"

@@ -45,6 +45,7 @@ def _config(data, **fields):
     return TrainConfig(data=DataConfig(data=data), model=model, **fields)
 
 
+@pytest.mark.slow
 def test_the_command_trains_on_the_sample_and_writes_a_victim(tmp_path, run):
     out = tmp_path / "new" / "victim"
     code, printed, errors = run(*TINY, "--out", out)
@@ -68,6 +69,7 @@ def test_the_command_trains_on_the_sample_and_writes_a_victim(tmp_path, run):
     assert before == {path.name: path.read_bytes() for path in out.iterdir()}
 
 
+@pytest.mark.slow
 def test_an_interrupted_command_goes_on(tmp_path, archive, run):
     spec = archive()
     config = _config(spec, epochs=3, batch_size=8, out=tmp_path / "whole")

@@ -123,6 +123,7 @@ def test_the_cosine_ends_at_zero(stripes, models):
     np.testing.assert_allclose(moves[0], 0.5 * moves[1], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_running_statistics_are_decayed_means_of_those_of_the_batches(resnets, stripes):
     one, two = resnets
     plain = with_batch_norm(with_buffers(one.victim, {}), "train")
@@ -179,6 +180,7 @@ def _kill_in(epoch, step):
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("epoch", "step"), [(1, 2), (2, 1), (3, 0), (3, 3)])
 def test_a_killed_run_goes_on_to_the_same_result(epoch, step, tmp_path, stripes, models):
     _, victim = models("mlp")
@@ -199,6 +201,7 @@ def test_a_killed_run_goes_on_to_the_same_result(epoch, step, tmp_path, stripes,
     assert resumed == dataclasses.replace(whole, params=resumed.params)
 
 
+@pytest.mark.slow
 def test_checkpoints_of_other_runs_are_refused(tmp_path, stripes, models):
     _, victim = models("mlp")
     path = tmp_path / "checkpoint.npz"
@@ -217,6 +220,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path, stripes, models):
         train_victim(_key(), victim, stripes(), options, checkpoint=path)
 
 
+@pytest.mark.slow
 def test_the_key_decides_everything_and_nothing_is_traced_twice(stripes, models):
     _, victim = models("mlp")
     options = TrainOptions(epochs=2, batch_size=8)
