@@ -33,7 +33,7 @@ from jgia import load_dataset
 from jgia.attacks.gauss_newton import Settings, posterior_mode
 from jgia.data import Dataset
 from jgia.defenses import coordinate_noise, scale_for_target
-from jgia.models import Victim, make_victim
+from jgia.models import Victim, make_victim, smooth_activations
 from jgia.normalization import Normalization
 from jgia.risk import Prior, UpdateRelease
 from jgia.risk.configured import make_prior
@@ -235,7 +235,8 @@ def _estimate(
         shape=tuple(shape),
         noise=1.0,
         args=(params, jnp.asarray(label), whitener),
-        settings=Settings(max_steps=40),
+        smoothed=_smooth(release),
+        settings=Settings(max_steps=60),
     )
     return np.clip(found.images, 0, 1)
 
@@ -258,6 +259,15 @@ def _flat(release: UpdateRelease) -> Any:
     def fn(image: Array, params: PyTree, label: Array, whitener: Whitener) -> Array:
         leaves = jax.tree.leaves(release(params, image, label))
         return Whitener(*whitener)(jnp.concatenate([leaf.ravel() for leaf in leaves]))
+
+    return fn
+
+
+@functools.lru_cache(maxsize=8)
+def _smooth(release: UpdateRelease) -> Any:
+    def fn(image: Array, width: Array, params: PyTree, label: Array, whitener: Whitener) -> Array:
+        with smooth_activations(width):
+            return _flat(release)(image, params, label, whitener)
 
     return fn
 
