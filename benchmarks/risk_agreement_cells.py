@@ -41,9 +41,7 @@ class LeNetRelu(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Inputs (B, H, W, C) to logits."""
         for i, stride in enumerate((2, 2, 1), start=1):
-            layer = nn.Conv(
-                12, (5, 5), (stride, stride), padding=((2, 2), (2, 2)), name=f"conv{i}"
-            )
+            layer = nn.Conv(12, (5, 5), (stride, stride), padding=((2, 2), (2, 2)), name=f"conv{i}")
             x = nn.relu(layer(x))
         return nn.Dense(self.num_classes, name="head")(x.reshape((x.shape[0], -1)))
 

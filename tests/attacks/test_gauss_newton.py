@@ -102,7 +102,10 @@ def test_curved_release_agrees_with_scipy(kind):
         return np.concatenate([(o - fit) / 0.05, z])
 
     starts = [np.zeros(D), *np.random.default_rng(1).normal(size=(4, D))]
-    solved = [scipy.optimize.least_squares(residuals, z, "3-point", xtol=1e-15, ftol=1e-15) for z in starts]
+    solved = [
+        scipy.optimize.least_squares(residuals, z, "3-point", xtol=1e-15, ftol=1e-15)
+        for z in starts
+    ]
     best = min(solved, key=lambda s: s.cost)
     found = posterior_mode(
         curved,
