@@ -68,11 +68,16 @@ def gray_priors(data: np.ndarray | None, side: int) -> dict[str, Prior]:
     }
 
 
+def read_rows(path: Path | None) -> list[dict[str, Any]]:
+    """What an earlier run finished; a torn last line is dropped."""
+    if path is None or not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+
+
 def run(grid: Grid, priors: dict[str, Prior], path: Path | None) -> list[dict[str, Any]]:
     """Every configuration that is not in the file yet, appended as it is done."""
-    found = []
-    if path is not None and path.is_file():
-        found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+    found = read_rows(path)
     names = ("seed", "batch", "model", "prior", "labels_known", "noise")
     done = {tuple(row[name] for name in names) for row in found}
     for i, each in enumerate(grid.configurations()):
@@ -196,6 +201,8 @@ def _compiled(fn: Any) -> Any:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The share inside, of all configurations and of parts of them."""
+    if not rows:
+        return {}
     parts: dict[str, list[dict[str, Any]]] = {"all": rows}
     for name in ("model", "prior", "batch", "labels_known", "noise"):
         for row in rows:

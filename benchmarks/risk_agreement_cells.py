@@ -1,4 +1,4 @@
-"""What real attacks reach on single images, beside what was predicted for them without attacking."""
+"""What real attacks reach on single images, beside what was predicted without attacking."""
 
 from __future__ import annotations
 
