@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     path = None if work is None else work / "cells.jsonl"
     kept = cells_of.read_cells(path, plan)
     cells = kept if arguments.report_only else cells_of.run(plan, data, path)
-    found["agreement"] = table(cells, draws=50 if smoke else 1000)
+    found["agreement"] = table(cells, draws=20 if smoke else 300)
     found["plan"] = plan.key() | {
         "models": list(plan.models),
         "noise": list(plan.noise),
