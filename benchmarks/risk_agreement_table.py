@@ -109,10 +109,11 @@ def _away(data: dict[str, np.ndarray], rule: str) -> float:
 
 
 def _spearman(data: dict[str, np.ndarray], name: str, rule: str = "by_objective") -> float:
-    if len(data[rule]) < 3 or np.ptp(data[name]) == 0:
+    if len(data[rule]) < 3 or np.ptp(data[name]) == 0 or np.ptp(data[rule]) == 0:
         return 0.0
-    value = scipy.stats.spearmanr(SIGNS[name] * data[name], data[rule]).statistic
-    return float(value) if math.isfinite(value) else 0.0
+    ranks = [scipy.stats.rankdata(column) for column in (SIGNS[name] * data[name], data[rule])]
+    value = float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+    return value if math.isfinite(value) else 0.0
 
 
 def _interval(statistic: Any, data: dict[str, np.ndarray], draws: int) -> dict[str, float]:
