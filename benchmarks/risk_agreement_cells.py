@@ -1,4 +1,4 @@
-"""What real attacks reach on single images, beside what was predicted for them without attacking."""
+"""What real attacks reach on single images, beside what was predicted without attacking."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jax import Array
 
 from jgia.attacks import gauss_newton, gradient_matching
 from jgia.config import GaussNewtonOptions, MatchingOptions
-from jgia.models import Victim, make_victim
+from jgia.models import Conv, Dense, Layer, Victim, make_victim
 from jgia.normalization import Normalization
 from jgia.observation import Observation, ThreatModel
 from jgia.risk import Prior, RiskSettings, UpdateRelease, invre
@@ -44,6 +44,11 @@ class LeNetRelu(nn.Module):
             layer = nn.Conv(12, (5, 5), (stride, stride), padding=((2, 2), (2, 2)), name=f"conv{i}")
             x = nn.relu(layer(x))
         return nn.Dense(self.num_classes, name="head")(x.reshape((x.shape[0], -1)))
+
+    def describe(self) -> tuple[Layer, ...]:
+        """The layers in order."""
+        convs = (Conv(f"conv{i}", (5, 5), 12, s, "relu") for i, s in enumerate((2, 2, 1), start=1))
+        return (*convs, Dense("head", self.num_classes, "none"))
 
 
 def victim_of(model: str, shape: tuple[int, int, int], num_classes: int = 10) -> Victim:

@@ -32,6 +32,7 @@ ELSEWHERE = {  # options of other commands than jgia
     "--peer-python": "benchmarks/gradient_matching.py",
     "--smoke": "benchmarks/ares_cnn.py",
     "--out": "benchmarks/ares_cnn.py",
+    "--work": "benchmarks/risk_agreement.py",
 }
 
 

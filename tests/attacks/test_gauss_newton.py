@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -161,9 +162,9 @@ def wide(parameters):
     return jax.tree.map(lambda leaf: leaf.astype("float64"), parameters)
 
 
-def setting(model="mlp", count=1, client=None, noise=0.0, **options):
+def setting(model: Any = "mlp", count=1, client=None, noise=0.0, **options):
     """An observation, its images, and public ones."""
-    sizes = {"widths": (20,)} if model == "mlp" else {}
+    sizes: dict[str, Any] = {"widths": (20,)} if model == "mlp" else {}
     victim = make_victim(model, input_shape=(4, 4, 1), num_classes=3, **sizes | options)
     params = wide(victim.init(jax.random.key(0)))
     rng = np.random.default_rng(3)
@@ -250,8 +251,11 @@ def test_update_that_is_not_finite_gives_no_image():
 
 
 @pytest.mark.parametrize("model", ["mlp", "cnn"])
-def test_smoothed_kinks_become_exact_and_are_smooth_before(model):
-    sizes = {"mlp": {"widths": (5,)}, "cnn": {"widths": (2,), "pool": "max", "fc_width": 4}}
+def test_smoothed_kinks_become_exact_and_are_smooth_before(model: Any):
+    sizes: dict[str, Any] = {
+        "mlp": {"widths": (5,)},
+        "cnn": {"widths": (2,), "pool": "max", "fc_width": 4},
+    }
     victim = make_victim(model, input_shape=(4, 4, 1), num_classes=3, **sizes[model])
     params = wide(victim.init(jax.random.key(0)))
     x = jax.random.uniform(jax.random.key(1), (2, 4, 4, 1), "float64")

@@ -39,7 +39,7 @@ class Linear:
         if self._gram is None:
             self._renew(channel, z, width)
         fresh = self._at == (z.tobytes(), width)
-        patience = self._settings.inner_steps if fresh else max(8, z.size // 16)
+        patience = self._settings.inner_steps if fresh else max(4, z.size // 32)
         factor = self._factor(scale, damping)
         move, solved = self._iterate(channel, z, b, scale, damping, factor, steps=patience)
         if not solved and not fresh:  # by now a new Gram matrix costs less
