@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.flatten_util import ravel_pytree
 
 from jgia import load_dataset
 from jgia.attacks.gauss_newton import Settings, posterior_mode
@@ -315,7 +316,7 @@ def _round(
         return defended(release, method, key, params, image, label, target, False, variance).update
 
     updates = lax.map(one, (jax.random.split(key, len(images)), images, labels))
-    mean = jax.flatten_util.ravel_pytree(params)[1](updates.mean(axis=0))
+    mean = ravel_pytree(params)[1](updates.mean(axis=0))
     return jax.tree.map(lambda p, g: p - rate * g, params, mean)
 
 

@@ -4,6 +4,8 @@ import json
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 QUICK = ["--model", "mlp", "--widths", "6", "--images", "1", "--num-public", "60"]
 SMALL = [*QUICK, "--image-size", "4", "--explain-draws", "2"]
 

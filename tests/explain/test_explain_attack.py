@@ -13,6 +13,8 @@ from jgia.models import make_victim
 from jgia.observation import ThreatModel
 from jgia.risk import EmbeddingRelease, Prior, UpdateRelease
 
+pytestmark = pytest.mark.slow
+
 D, P = 6, 20
 RNG = np.random.default_rng(0)
 WEIGHTS = RNG.normal(size=(P, D)) * np.geomspace(0.05, 2, D)

@@ -14,6 +14,8 @@ from jgia.explain import EFFECTS, predict_defense
 from jgia.models import make_victim
 from jgia.risk import Prior, UpdateRelease
 
+pytestmark = pytest.mark.slow
+
 VICTIM = make_victim("mlp", input_shape=(3, 3, 1), num_classes=3, widths=(6,))
 PARAMS = jax.tree.map(lambda leaf: leaf.astype("float64"), VICTIM.init(jax.random.key(3)))
 RNG = np.random.default_rng(0)
