@@ -45,6 +45,7 @@ class Setup(NamedTuple):
     steps: int
     trained: dict[str, Path]
     only: tuple[str, ...]
+    peer_images: int
     out: Path | None
     folder: Path
 
@@ -309,6 +310,9 @@ def main() -> None:
     parser.add_argument(
         "--trained", nargs="*", default=[], metavar="NAME=FOLDER", help="victims (quality)"
     )
+    parser.add_argument(
+        "--peer-images", type=int, default=10, help="of them, that the peer attacks too (quality)"
+    )
     parser.add_argument("--models", nargs="*", default=[], help="only these (speed, quality)")
     given = parser.parse_args()
     chosen = given.sections or [name for name in sections if given.smoke or name != "device"]
@@ -325,6 +329,7 @@ def main() -> None:
             given.steps,
             trained,
             tuple(given.models),
+            given.peer_images,
             given.out,
             Path(folder),
         )

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
 
 MODELS = ("lenet", "convnet", "resnet18_small")
 BATCHES = (1, 4, 8)
-PEER_IMAGES = 10
-"""Images of each model and batch that the peer attacks too."""
-
 _METRICS = ("psnr", "ssim", "lpips")
 _DRAWS = 2000
 
@@ -82,7 +79,7 @@ def _row(
             )
             for name, worker in workers.items():
                 if name == "breaching":
-                    if first and first + batch > PEER_IMAGES:
+                    if first and first + batch > setup.peer_images:
                         continue
                     worker.ask(do="load", path=str(path))
                 reply = worker.ask(**command)

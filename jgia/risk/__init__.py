@@ -66,7 +66,7 @@ from jgia.risk.shaping import (
     water_level,
 )
 from jgia.risk.spectrum import Choice, Route, Spectrum, choose_route, spectrum, spectrum_of_gram
-from jgia.risk.structured import structured_gram, structured_grams
+from jgia.risk.structured import structured_gram, structured_grams, structured_outputs
 from jgia.risk.weighted_shaping import OptimalNoise, geometric_mean, optimal_noise
 
 __all__ = [
@@ -140,6 +140,7 @@ __all__ = [
     "spent_share",
     "structured_gram",
     "structured_grams",
+    "structured_outputs",
     "success_rates",
     "top_spectrum",
     "triangular",

@@ -21,6 +21,7 @@ from jgia.risk.krylov import spectral_norm
 from jgia.risk.prior import Prior
 from jgia.risk.release import Release, UpdateRelease
 from jgia.risk.spectrum import Choice, choose_route
+from jgia.risk.structured import structured_outputs
 
 PyTree = Any
 
@@ -248,6 +249,9 @@ def _choose(
         "memory_bytes": settings.memory_bytes,
         "chunk_size": settings.chunk_size,
     }
+    if isinstance(release, UpdateRelease) and settings.labels_known:
+        together = images.shape[1] if images.ndim == 5 else 1
+        options["structured_outputs"] = structured_outputs(release, params, together)
     if settings.route != "auto":
         chosen = choose_route(shape, **options | {"memory_bytes": 2**62})
         return Choice(settings.route, "asked for", chosen.peak_bytes)

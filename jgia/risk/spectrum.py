@@ -22,6 +22,7 @@ Route = Literal["svd", "qr", "rows", "gram", "structured", "krylov"]
 _SVD_ENTRIES = 2**24
 _SVD_INPUTS = 1024
 _LARGEST_EXACT = 8192
+_SAVING = 4  # fewer outputs by this factor are worth the structured route
 SAFE_NOISE = 1e-2
 """Noise over the largest signal from which squaring in float32 loses nothing that matters."""
 
@@ -73,6 +74,7 @@ def choose_route(
     memory_bytes: int = 2**31,
     relative_noise: float | None = None,
     chunk_size: int = CHUNK,
+    structured_outputs: int | None = None,
 ) -> Choice:
     """Which route computes the spectrum of a Jacobian of this shape.
 
@@ -98,6 +100,8 @@ def choose_route(
       memory_bytes: what may be held at once.
       relative_noise: ``tau / (s sigma_max)`` if it is known.
       chunk_size: directions at a time.
+      structured_outputs: what the structured route would hold in place of the p outputs
+        (:func:`jgia.risk.structured_outputs`); ``None`` where it does not apply.
 
     Returns:
       The route, why, and its memory.
@@ -125,6 +129,10 @@ def choose_route(
     if small and needs["svd"] <= memory_bytes:
         return Choice("svd", "the Jacobian is small", needs["svd"])
     precise = item == 8 or (relative_noise is not None and relative_noise >= SAFE_NOISE)
+    if structured_outputs is not None and precise:
+        needed = (k * structured_outputs + 2 * k * k) * item
+        if structured_outputs <= p / _SAVING and needed <= memory_bytes:
+            return Choice("structured", "dense layers have most of the parameters", needed)
     if precise and needs["rows"] <= memory_bytes:
         return Choice("rows", "noise hides what squaring loses", needs["rows"])
     if precise and needs["gram"] <= memory_bytes:

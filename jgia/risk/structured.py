@@ -103,6 +103,37 @@ def structured_gram(
     return sum(grams.values(), jnp.zeros((), images.dtype))
 
 
+def structured_outputs(release: UpdateRelease, params: PyTree, num_images: int) -> int | None:
+    """Numbers whose derivatives :func:`structured_gram` holds, in place of all of the gradient's.
+
+    The inputs and errors of dense layers, and the gradient of the others.
+
+    Args:
+      release: any; ``None`` is returned where it is not an unclipped FedSGD gradient.
+      params: the parameters, or their shapes.
+      num_images: behind one update.
+
+    >>> from jgia.models import make_victim
+    >>> victim = make_victim("mlp", input_shape=(4, 4, 1), num_classes=3, widths=(8,))
+    >>> structured_outputs(UpdateRelease(victim=victim), victim.param_shapes(), 1)
+    35
+    """
+    threat = release.threat_model
+    if threat.protocol != "fedsgd" or release.clip_norm is not None:
+        return None
+    names = dense_layers(release.victim, params)
+    total = 0
+    for path, leaf in flatten_params(params).items():
+        name = path.rpartition("/")[0]
+        if threat.visible_layers is not None and name.split("/")[0] not in threat.visible_layers:
+            continue
+        if name not in names:
+            total += leaf.size
+        elif leaf.ndim == 2:
+            total += num_images * sum(leaf.shape)
+    return total
+
+
 def dense_layers(victim: Victim, params: PyTree) -> set[str]:
     """Names of the plain ``flax.linen.Dense`` layers that the victim calls once, on vectors."""
     calls: dict[str, int] = {}

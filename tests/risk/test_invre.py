@@ -1,5 +1,6 @@
 """The whole estimate: routes agree, attacks confirm it, bad input is refused."""
 
+import importlib
 from typing import Any
 
 import jax
@@ -83,6 +84,19 @@ def test_routes_agree_with_a_dense_oracle(case, prior, labels_known):
             np.testing.assert_allclose(found.dfil[0], np.mean(sigma**2), rtol=1e-8)
             assert found.dfil_bound[0] <= found.invloss_isotropic[0] * (1 + 1e-9)
         assert ((found.layer_risk >= 0) & (found.layer_risk <= found.risk[:, None] + 1e-9)).all()
+
+
+def test_dense_layers_take_the_structured_route(case, monkeypatch):
+    spectra = importlib.import_module("jgia.risk.spectrum")
+    monkeypatch.setattr(spectra, "_SVD_ENTRIES", 10)
+    monkeypatch.setattr(spectra, "_SAVING", 1)
+    report, _ = run(case, PRIORS["isotropic"](), count=1)
+    assert report.choice.route == "structured"
+    other, _ = run(case, PRIORS["isotropic"](), count=1, route="rows")
+    np.testing.assert_allclose(report.estimates.invloss, other.estimates.invloss, rtol=1e-9)
+    np.testing.assert_allclose(report.estimates.layer_risk, other.estimates.layer_risk, rtol=1e-8)
+    unknown, _ = run(case, PRIORS["isotropic"](), count=1, labels_known=False)
+    assert unknown.choice.route != "structured"
 
 
 @pytest.mark.slow

@@ -135,6 +135,11 @@ def test_choice_of_the_route():
     with pytest.raises(ValueError, match=r"memory_bytes allows"):
         chosen(3072, 11_000_000, memory_bytes=2**20)
     assert chosen(150_528, 1000, rank=512).route == "svd"
+    dense = {"structured_outputs": 4000, "relative_noise": 0.1}
+    assert chosen(3072, 400_000, **dense).route == "structured"
+    assert chosen(3072, 12_000, **dense).route == "rows"  # little to save
+    assert chosen(3072, 400_000, **dense | {"relative_noise": 1e-4}).route != "structured"
+    assert chosen(784, 10_000, **dense | {"structured_outputs": 900}).route == "svd"
 
 
 def test_bad_routes_are_refused():
