@@ -142,8 +142,8 @@ class AuditRiskOptions:
     its own."""
 
     risk_prior: PriorName = "gaussian"
-    """What the attacker is taken to expect of an image (see `jgia risk --prior`); `low_rank` is
-    quicker for images of many pixels."""
+    """What the attacker is taken to expect of an image, as in `jgia risk`; `low_rank` is quicker
+    for images of many pixels."""
 
     risk_prior_rank: int = 256
     """Components of a low-rank prior; as many as there are public images at most."""

@@ -145,7 +145,7 @@ def test_equal_images_do_not_calibrate(report, tmp_path, audit, check_refused):
         (["--data", "nonsense"], "unknown data set 'nonsense'"),
         (["--data", "npz:/nowhere.npz"], "nowhere"),
         (["--data", "folder:/nowhere"], "is not a folder"),
-        (["--image-size", "7"], "no size '7'"),
+        (["--image-size", "48"], "no size '48'"),
         (["--num-public", "3"], "at least 16 public images"),
         (["--model", "mlp"], "ARES cannot attack the model 'mlp'"),
         (["--model", "lenet"], "choose --model cnn"),
