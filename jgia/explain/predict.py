@@ -31,7 +31,7 @@ def dense_bytes(num_outputs: int, num_inputs: int) -> int:
     """About what an explanation holds: the Jacobian in both precisions, factored, and covariances.
 
     >>> dense_bytes(10_000, 192) // 2**20
-    113
+    104
     """
     return 56 * num_outputs * num_inputs + 64 * num_inputs**2
 
