@@ -11,6 +11,7 @@ from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
 from jgia.config.model import ModelConfig, ModelName
 from jgia.config.performance import PerformanceFlags
+from jgia.config.risk import AuditRiskOptions
 from jgia.config.training import TrainConfig, TrainOptions
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "AttackConfig",
     "AttackName",
     "AuditConfig",
+    "AuditRiskOptions",
     "ClientConfig",
     "CraftConfig",
     "DataConfig",

@@ -121,6 +121,8 @@ def _options(type_) -> set[str]:
             "KnowledgeConfig": config.KnowledgeConfig,
             "MatchingOptions": config.MatchingOptions,
             "RunOptions": config.RunOptions,
+            "GaussNewtonOptions": config.GaussNewtonOptions,
+            "AuditRiskOptions": config.AuditRiskOptions,
             "PerformanceFlags": config.PerformanceFlags,
             "AuditConfig": config.AuditConfig,
         }.get(str(field.type))
