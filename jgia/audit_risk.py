@@ -17,7 +17,7 @@ from jgia.risk import RiskSettings, UpdateRelease, invre
 from jgia.risk.configured import client_release, make_prior
 
 PyTree = Any
-_MODELED = {"gaussian", "laplace", "clip", "dp_sgd"}
+_MODELED = {"adaptive_scale", "gaussian", "laplace", "clip", "dp_sgd"}
 _POINTS = 64
 
 
@@ -135,7 +135,9 @@ def audit_risk(
             for index, one in enumerate(jax.random.split(key, count))
         ]
     estimates: Any = jax.tree.map(lambda *x: np.concatenate(x), *(one.estimates for one in found))
-    left_out: list[str] = sorted(defenses - _MODELED)
+    left_out: list[str] = sorted(defenses - _MODELED - {"shaped"})
+    if "shaped" in defenses:
+        left_out.append("the shape of shaped noise, which counts as isotropic of the same energy")
     if "dp_sgd" in defenses and config.client.protocol == "fedavg":
         left_out.append("dp_sgd's clipping of every example")
     record = {
