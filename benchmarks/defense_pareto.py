@@ -7,7 +7,8 @@ Two parts, on models of a few hundred pixels, so that every client's Jacobian ca
 
 *Attacks*: updates of images that the model has not seen, defended so that the linearized error of
 the best attack is a target share of the prior's energy; then the error of a real attack that knows
-the noise's covariance (``jgia.attacks.gauss_newton``, kinks smoothed, from the prior's mean). Energy is the expected squared norm of the noise. The energy that isotropic noise needs
+the noise's covariance (``jgia.attacks.gauss_newton``, kinks smoothed, from the prior's mean).
+Energy is the expected squared norm of the noise. The energy that isotropic noise needs
 for the same *realised* error is interpolated between its own rows.
 
 *Training*: federated SGD, a client with one image each, every update defended; test accuracy after
