@@ -12,11 +12,12 @@ class DataConfig:
     """Where images come from, and which of them are the client's."""
 
     data: str = "sample"
-    """`sample`, `tfds:NAME[:split]`, `npz:PATH` or `folder:PATH`."""
+    """`sample`, `faces[:STYLE][:NUMBER]` (drawn; styles `photo`, `cartoon`, `art`),
+    `tfds:NAME[:split]`, `npz:PATH` or `folder:PATH`."""
 
     image_size: int | None = None
-    """Side in pixels to resize to (`sample` has 32 and 64, and resizes to less); as they are when
-    left out."""
+    """Side in pixels to resize to (`sample` has 32 and 64, and resizes to less; `faces` are
+    drawn in 16 to 64); as they are when left out."""
 
     limit: int | None = None
     """Load at most this many images."""

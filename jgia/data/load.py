@@ -1,8 +1,8 @@
-"""One string names a data set: ``sample``, ``npz:PATH``, ``folder:PATH``, ``tfds:NAME``."""
+"""One string names a data set: ``sample``, ``faces``, ``npz:PATH``, ``folder:PATH``, ``tfds:…``."""
 
 from __future__ import annotations
 
-from jgia.data import folder, npz, sample, tfds
+from jgia.data import faces, folder, npz, sample, tfds
 from jgia.data.dataset import DataError, Dataset
 
 MAX_IMAGE_SIZE = 1024
@@ -24,6 +24,9 @@ def load_dataset(
 
         - ``"sample"`` or ``"sample:64"``: crops of public-domain photographs that come with the
           package, 32 or 64 pixels wide;
+        - ``"faces"``, ``"faces:NUMBER"``, ``"faces:STYLE"`` or ``"faces:STYLE:NUMBER"``: faces of
+          persons who do not exist, drawn when asked for, 2,000 unless NUMBER says otherwise, every
+          second one public; STYLE is ``photo`` (the default), ``cartoon`` or ``art``;
         - ``"npz:PATH"``: a NumPy archive with images ``x`` (or ``images``), integer labels ``y``
           (or ``labels``; missing labels become one class), and optional ``names`` (or
           ``class_names``) and ``public`` (bool). An archive with ``x_train``, ``x_test``, … is
@@ -34,7 +37,8 @@ def load_dataset(
           needed. NAME may carry a configuration and a version: ``"tfds:NAME/CONFIG:1.0.0:test"``.
       image_size: resize to this many pixels squared: the centre square is cut out and resized
         with Pillow's Lanczos filter. For ``sample`` it chooses between 32 (the default) and 64, or
-        makes the crops of 32 smaller.
+        makes the crops of 32 smaller. ``faces`` are drawn at this size, 16 to 64 (32 when left
+        out).
       download: let TensorFlow Datasets fetch a missing data set; used by ``tfds:`` only.
       data_dir: where TensorFlow Datasets keeps its data; used by ``tfds:`` only.
       limit: load at most this many images: the first ones, or, for a folder, the first ones of
@@ -57,6 +61,8 @@ def load_dataset(
     kind, colon, rest = spec.partition(":")
     if kind == "sample":
         return sample.load(rest if colon else None, image_size=image_size, limit=limit)
+    if kind == "faces":
+        return faces.load(rest if colon else None, image_size=image_size, limit=limit)
     if kind in ("npz", "folder", "tfds") and rest:
         if kind == "npz":
             return npz.load(rest, image_size=image_size, limit=limit)
@@ -66,6 +72,6 @@ def load_dataset(
             rest, image_size=image_size, download=download, data_dir=data_dir, limit=limit
         )
     raise DataError(
-        f"unknown data set {spec!r}; use sample, sample:64, npz:PATH, folder:PATH, or "
-        "tfds:NAME[:split]."
+        f"unknown data set {spec!r}; use sample, sample:64, faces[:STYLE][:NUMBER], npz:PATH, "
+        "folder:PATH, or tfds:NAME[:split]."
     )
