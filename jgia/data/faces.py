@@ -22,8 +22,9 @@ CLASS_NAMES = _face_traits.CLASS_NAMES
 PUBLIC_SEED = 0
 """Stream of the public images; what may be learned from beforehand comes from it."""
 
-CLIENT_SEED = 1
-"""Stream of the images that only a client holds."""
+CLIENT_SEEDS = {"photo": 1, "cartoon": 2, "art": 3}
+"""Streams of the images that only a client holds: other persons for each style, so that no style
+is calibration data that shows another style's client."""
 
 SIZES = (16, 64)
 """Smallest and largest side in pixels."""
@@ -42,7 +43,7 @@ def load(
     """Draw a data set; see :func:`jgia.data.load_dataset`.
 
     Rows alternate: the client's image 0, the public image 0, the client's image 1, … so that any
-    first part is half public. The client's come from ``CLIENT_SEED``, the public ones from
+    first part is half public. The client's come from ``CLIENT_SEEDS``, the public ones from
     ``PUBLIC_SEED``: nothing fitted to public images has seen a client's.
 
     Args:
@@ -64,7 +65,7 @@ def load(
     images = np.empty((count, size, size, 3), np.uint8)
     labels = np.empty(count, np.int32)
     public = np.arange(count) % 2 == 1
-    for seed, rows in ((CLIENT_SEED, ~public), (PUBLIC_SEED, public)):
+    for seed, rows in ((CLIENT_SEEDS[style], ~public), (PUBLIC_SEED, public)):
         if rows.any():
             images[rows], labels[rows] = render(seed, int(rows.sum()), size=size, style=style)
     return Dataset(
