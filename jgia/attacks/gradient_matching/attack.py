@@ -18,7 +18,7 @@ from jgia.attacks.gradient_matching.objective import Problem, Variables, make_pr
 from jgia.attacks.gradient_matching.record import Progress, Recorder
 from jgia.attacks.gradient_matching.search import State
 from jgia.attacks.gradient_matching.settings import Settings, settings
-from jgia.attacks.labels import infer_labels
+from jgia.attacks.labels.known import example_count, given_or_inferred
 from jgia.config.gradient_matching import MatchingAttack, MatchingOptions, RunOptions
 from jgia.config.performance import PerformanceFlags
 from jgia.observation import Observation, Reconstruction, Status
@@ -166,41 +166,19 @@ def _prepare(
     key: Array, observation: Observation, chosen: Settings, num_examples: int | None
 ) -> tuple[Problem, str]:
     """What is searched, and how its labels were found."""
-    labels, how = _labels(key, observation, chosen, _num_examples(observation, num_examples))
+    labels, how = _labels(key, observation, chosen, example_count(observation, num_examples))
     return make_problem(observation, labels, chosen), how
-
-
-def _num_examples(observation: Observation, given: int | None) -> int:
-    known = observation.threat_model.num_examples
-    count = known if given is None else given
-    if count is None:
-        raise ValueError(
-            "gradient matching searches for a fixed number of images, and the threat model does "
-            "not tell how many; give num_examples=."
-        )
-    if known is not None and count != known:
-        raise ValueError(f"num_examples={count} contradicts the threat model, which says {known}.")
-    if count < 1:
-        raise ValueError(f"num_examples must be at least 1, got {count}.")
-    return count
 
 
 def _labels(
     key: Array, observation: Observation, chosen: Settings, count: int
 ) -> tuple[Array, str]:
     """(B,) labels and how they were found."""
-    given = observation.threat_model.labels
-    if given is not None:
-        if len(given) != count or max(given) >= observation.victim.num_classes:
-            raise ValueError(
-                f"the threat model must give {count} labels below "
-                f"{observation.victim.num_classes}, got {given}."
-            )
-        return jnp.asarray(given, jnp.int32), "given"
     if chosen.labels == "joint":
-        return jnp.zeros(count, jnp.int32), "joint"
-    found = infer_labels(key, observation, method=chosen.labels, num_examples=count)
-    return jnp.asarray(found.labels, jnp.int32), found.method
+        if observation.threat_model.labels is None:
+            return jnp.zeros(count, jnp.int32), "joint"
+        return given_or_inferred(key, observation, "auto", count)
+    return given_or_inferred(key, observation, chosen.labels, count)
 
 
 def _starts(

@@ -19,6 +19,7 @@ from jgia.attacks.gradient_matching.distances import (
     square,
 )
 from jgia.attacks.gradient_matching.settings import Settings
+from jgia.config.gradient_matching import DistanceName
 from jgia.models import Pool, Victim
 from jgia.models.convolutions import fast_convolutions
 from jgia.observation import Observation, ThreatModel
@@ -115,7 +116,7 @@ def make_problem(observation: Observation, labels: ArrayLike, settings: Settings
     victim, threat = observation.victim, observation.threat_model
     labels = jnp.asarray(labels, jnp.int32)
     if threat.protocol == "fedavg":
-        _check_fedavg(threat, len(labels), settings)
+        check_fedavg(threat, len(labels), settings.distance)
     if settings.layer_weights != "equal":
         _depth_order(victim, observation.update)
     dtypes = {leaf.dtype for leaf in jax.tree.leaves(observation.params)}
@@ -165,7 +166,8 @@ def loss(problem: Problem, variables: Variables, consensus: Array) -> tuple[Arra
     return total, fit
 
 
-def _check_fedavg(threat: ThreatModel, num_examples: int, settings: Settings) -> None:
+def check_fedavg(threat: ThreatModel, num_examples: int, name: DistanceName) -> None:
+    """Raise ``ValueError`` unless updates of such a client can be compared by a distance."""
     if replayed(threat):
         if threat.num_clients > 1:
             raise ValueError(
@@ -173,9 +175,9 @@ def _check_fedavg(threat: ThreatModel, num_examples: int, settings: Settings) ->
                 "replayed as one client's; gradient matching needs FedSGD here."
             )
         minibatches(num_examples, threat)
-    elif settings.distance in ("l2", "l2_norm"):
+    elif name in ("l2", "l2_norm"):
         raise ValueError(
-            f"distance={settings.distance!r} compares lengths, which needs the client's "
+            f"distance={name!r} compares lengths, which needs the client's "
             "local_steps and local_learning_rate; use distance='cosine' where they are not known."
         )
 
