@@ -65,6 +65,30 @@ def patch_convolutions() -> contextlib.AbstractContextManager[None]:
     return nn.intercept_methods(_as_patches)
 
 
+def convolve(
+    x: Array,
+    kernel: Array,
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: forms.Pads = ((0, 0), (0, 0)),
+    vmapped: bool = False,
+) -> Array:
+    """A convolution as :func:`fast_convolutions` computes it, for layers of your own.
+
+    Args:
+      x: (B, H, W, C).
+      kernel: (h, w, C, F), of the same dtype.
+      strides: down and right.
+      padding: zeros before and after, for rows and columns.
+      vmapped: whether kernels or their gradients are vmapped.
+
+    Returns:
+      (B, rows, columns, F). Reverse mode of any order, not forward mode.
+    """
+    window = Window(strides, padding, "convolution")
+    return _convolve(window._replace(form=_form(x, kernel, window, vmapped)), x, kernel)
+
+
 def _as_patches(
     method: Callable[..., Any],
     args: tuple[Any, ...],
@@ -85,10 +109,12 @@ def _intercept(
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
-    def convolve(x: Array, kernel: Array, window: Window) -> Array:
-        return _convolve(window._replace(form=_form(x, kernel, window, vmapped)), x, kernel)
+    def quick(x: Array, kernel: Array, window: Window) -> Array:
+        return convolve(
+            x, kernel, strides=window.strides, padding=window.padding, vmapped=vmapped
+        )
 
-    return _replaced(method, args, kwargs, context, convolve)
+    return _replaced(method, args, kwargs, context, quick)
 
 
 def _replaced(
