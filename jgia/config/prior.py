@@ -104,7 +104,7 @@ class PriorOptions:
 class TrainPriorConfig(PriorOptions):
     """One training run: which images, how, and where the prior goes."""
 
-    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(data="faces:photo:20000"))
+    data: DataConfig = dataclasses.field(default_factory=lambda: DataConfig(data="faces:40000"))
 
     name: str | None = None
     """What the prior is called; the name of the output folder when left out."""

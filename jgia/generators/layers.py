@@ -120,9 +120,7 @@ def _shifted(x: Array, axis: int, by: int) -> Array:
     """``x[i - by]`` along an axis, zeros moving in."""
     pads = [(0, 0)] * x.ndim
     pads[axis] = (by, 0) if by > 0 else (0, -by)
-    kept = jax.lax.slice_in_dim(
-        x, max(0, -by), x.shape[axis] - max(0, by), axis=axis
-    )
+    kept = jax.lax.slice_in_dim(x, max(0, -by), x.shape[axis] - max(0, by), axis=axis)
     return jnp.pad(kept, pads)
 
 

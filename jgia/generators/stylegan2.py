@@ -57,7 +57,8 @@ class StyleGAN2:
       num_classes: classes that it is conditioned on; 0 for none.
       dtype: of features; ``"bfloat16"`` keeps parameters, styles and images in float32.
 
-    Its side inputs are ``{"styles": (B, num_blocks, 3, style_dim), "noise": {name: (B, r, r, 1)}}``.
+    Its side inputs are ``"styles"``, (B, num_blocks, 3, style_dim), and ``"noise"``, a mapping of
+    names such as ``"8a"`` to (B, 8, 8, 1).
     """
 
     resolution: int = 32
@@ -119,7 +120,7 @@ class StyleGAN2:
         }
 
     def map(self, params: PyTree, latents: Array, labels: Array | None = None) -> Array:
-        """(B, latent_dim) normal vectors, and (B,) classes of a conditional generator, to (B, D)."""
+        """(B, latent_dim) normal vectors, and (B,) classes if it has any, to (B, style_dim)."""
         return self._mapping.apply({"params": params["mapping"]}, latents, labels)  # pyright: ignore[reportReturnType]
 
     def broadcast(self, style: Array) -> Array:
@@ -128,7 +129,7 @@ class StyleGAN2:
         return jnp.broadcast_to(style[:, None, None, :], shape)
 
     def draw_noise(self, key: Array, num_images: int) -> dict[str, Array]:
-        """Normal noise maps of every convolution, ``{"4b": (B, 4, 4, 1), "8a": ..., "8b": ...}``."""
+        """Normal noise maps of every convolution, ``{"4b": (B, 4, 4, 1), "8a": ..., ...}``."""
         names = [
             f"{FIRST_RESOLUTION << b}{which}"
             for b in range(self.num_blocks)
@@ -171,7 +172,9 @@ class StyleGAN2:
             known = params["styles"]
             shape = (num_images, self.num_blocks, STYLES_PER_BLOCK, self.style_dim)
             normal = jax.random.normal(key_style, shape)
-            flat = known["flat_mean"][None, None, None] + known["flat_std"][None, None, None] * normal
+            flat = (
+                known["flat_mean"][None, None, None] + known["flat_std"][None, None, None] * normal
+            )
             styles = activate(flat)
         else:
             latents = jax.random.normal(key_style, (num_images, self.latent_dim))
@@ -268,7 +271,7 @@ class Synthesis(nn.Module):
         start: int = 0,
         stop: int | None = None,
     ) -> GeneratorState:
-        """(B, blocks, 3, D) styles, noise maps and what enters block ``start``; see the protocol."""
+        """(B, blocks, 3, D) styles, noise maps and what enters block ``start``: what leaves."""
         x, image = (None, None) if state is None else state
         for b in range(start, len(self.features) if stop is None else stop):
             size, width = FIRST_RESOLUTION << b, self.features[b]

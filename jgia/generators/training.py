@@ -209,9 +209,7 @@ class _Run:
         styles = style_statistics(self._networks.generator, state.average, self._key_styles)
         return {**state.average, "styles": styles}
 
-    def advance(
-        self, state: GanState, until: float, seconds: float
-    ) -> tuple[GanState, Report]:
+    def advance(self, state: GanState, until: float, seconds: float) -> tuple[GanState, Report]:
         """Steps until a time, or the last one."""
         options, began = self._networks.options, time.monotonic()
         infos: list[GanInfo] = []
