@@ -22,7 +22,7 @@ from jgia.config import AuditConfig, DataConfig, ModelConfig
 from jgia.data import Dataset, load_dataset, split_client_public
 from jgia.defenses import make_defense
 from jgia.federated import local_order, simulate_clients
-from jgia.methods import Job, Method, Progress, method
+from jgia.methods import Job, Method, Progress, method, prior_words, read_prior
 from jgia.metrics import score
 from jgia.models import Victim, make_victim, with_batch_norm
 from jgia.normalization import Normalization
@@ -87,6 +87,7 @@ def run_audit(
         client, public = load_split(config.data, batch=config.batch, seed=config.seed)
         victim, params = _sent(config, client, public)
         chosen.check(victim)  # refuse an impossible attack before any compute
+        prior = read_prior(config.attack, victim, config)
         images, labels = client.take(np.arange(len(client)))
         calibration, _ = public.take(np.arange(len(public)))
     report("crafting parameters" if chosen.craft else "making parameters", 0, 1)
@@ -111,11 +112,10 @@ def run_audit(
             defense=make_defense(config.defense),
         )
         jax.block_until_ready(observation.update)
-    observation = _informed(
-        observation, config, chosen, public.provenance, labels=labels, key=key_client
-    )
+    known = public.provenance if prior is None else prior_words(prior)
+    observation = _informed(observation, config, chosen, known, labels=labels, key=key_client)
     truth = Truth(images=images, labels=labels)
-    job = Job(observation, plan, config, clock, report, calibration)
+    job = Job(observation, plan, config, clock, report, calibration, prior)
     reconstruction = chosen.attack(key_attack, job)
 
     report("scoring", 0, 1)

@@ -10,13 +10,25 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
+from jgia._commands import (
+    Audit,
+    Craft,
+    Inspect,
+    Risk,
+    Sweep,
+    TrainPrior,
+    TrainVictim,
+)
+from jgia._commands import (
+    Command as _Command,
+)
 from jgia._io import require_writable_folder
 from jgia._progress import StageProgress
-from jgia.config import AttackConfig, AuditConfig, CraftConfig
+from jgia.config import AttackConfig, CraftConfig, TrainPriorConfig
 from jgia.config.risk import RiskConfig
 from jgia.config.training import TrainConfig
 
@@ -24,128 +36,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from jgia.audit import AuditOutcome
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Audit:
-    """Measure how much of a client's images one shared update gives away.
-
-    Loads images, lets a malicious server craft the model's parameters, simulates one client
-    update on a private batch, runs the attack on that update alone, scores the result against
-    the private images, and writes report.html, result.json, reconstructions.npz and grid.png.
-
-    With no options it audits 32 sample images that ship with the package, in about a minute.
-    """
-
-    config: AuditConfig = dataclasses.field(default_factory=AuditConfig)
-
-    out: Path = Path("jgia-report")
-    """Folder for the report; made if it is missing."""
-
-    save_update: Path | None = None
-    """Also write the client's update to this .npz or .safetensors file."""
-
-    json: bool = False
-    """Print result.json to standard output instead of the table."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Craft:
-    """Write the parameters a malicious server would send, to try on your own client.
-
-    Your framework loads them, computes one update on its own images, and `jgia attack` reads
-    that update. Parameters come in this library's layout or in PyTorch's.
-    """
-
-    config: CraftConfig = dataclasses.field(default_factory=CraftConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Attack:
-    """Attack an update that was computed elsewhere.
-
-    It belongs to parameters from `jgia craft` (ares) or from `jgia train-victim` (the others).
-
-    Without an update, `jgia attack METHOD ...` simulates the client: it is short for
-    `jgia audit --attack METHOD ...` and takes the same options.
-    """
-
-    config: AttackConfig
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Risk:
-    """Estimate, without attacking, how much of each image one shared update gives away.
-
-    From the singular values of the update's Jacobian: the smallest error that any attack can have,
-    as a score from 0 (nothing leaks) to 1, per image, pixel and layer. Writes risk.json, risk.npz
-    and figures.
-    """
-
-    config: RiskConfig = dataclasses.field(default_factory=RiskConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainVictim:
-    """Train a victim on images, so that attacks meet parameters as an honest server has them.
-
-    Writes params.npz, victim.json (the model, with the running statistics of its batch
-    normalizations) and training.json (loss and accuracy of every epoch). Killed and started again
-    with the same options, it goes on after the last whole epoch, to the same result.
-    """
-
-    config: TrainConfig = dataclasses.field(default_factory=TrainConfig)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sweep:
-    """Run many audits from one TOML file, into one table; killed and started again, it goes on.
-
-    Every cell is one `jgia audit`. OUT gets a record for every cell, results.csv, figures/*.png and
-    sweep.json. Cells that the library refuses are recorded with the reason.
-    """
-
-    config: tyro.conf.Positional[Path]
-    """TOML file: [base] options, [axes] to cross, [[zip]] groups, single [[cells]], seeds."""
-
-    out: Path = Path("jgia-sweep")
-    """Folder for the results; finished cells that it holds are not run again."""
-
-    dry_run: bool = False
-    """Check the file and list the cells; run nothing."""
-
-    retry_failed: bool = False
-    """Run cells again that failed. Refused ones would be refused again."""
-
-    minutes: float | None = None
-    """Start no cell later than this; the next call goes on."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Inspect:
-    """Look for marks of an attack in parameters that a server sent, before training on them.
-
-    Needs no model and no data. Prints the decision with its reasons, and every check's score
-    beside the score at which it flags. The exit code is 0 whatever was found.
-    """
-
-    params: tyro.conf.Positional[Path]
-    """.npz or .safetensors file in this library's layout or PyTorch's, or a folder written by
-    `jgia craft`."""
-
-    json: bool = False
-    """Print the report as JSON instead of lines."""
-
-
-_Command = (
-    Annotated[Audit, tyro.conf.subcommand("audit")]
-    | Annotated[Craft, tyro.conf.subcommand("craft")]
-    | Annotated[Attack, tyro.conf.subcommand("attack")]
-    | Annotated[Risk, tyro.conf.subcommand("risk")]
-    | Annotated[TrainVictim, tyro.conf.subcommand("train-victim")]
-    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
-    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
-)
 
 _DESCRIPTION = (
     "jgia measures how much of federated-learning clients' data leaks through the updates they "
@@ -222,6 +112,8 @@ def _run(command: Any, argv: list[str]) -> int:
         return _risk(command.config, argv, console)
     if isinstance(command, TrainVictim):
         return _train_victim(command.config, argv, console)
+    if isinstance(command, TrainPrior):
+        return _train_prior(command.config, argv, console)
     if isinstance(command, Sweep):
         return _sweep(command, console)
     if isinstance(command, Inspect):
@@ -314,6 +206,25 @@ def _train_victim(config: TrainConfig, argv: list[str], console: Console) -> int
     if (risk := trained.history[-1].risk) is not None:
         noise = config.risk_noise_std
         print(f"{risk:.1%} of an image recoverable from its gradient at noise {noise:g} (estimate)")
+    for path in outcome.paths:
+        print(path)
+    return 0
+
+
+def _train_prior(config: TrainPriorConfig, argv: list[str], console: Console) -> int:
+    require_writable_folder(config.out)
+    from jgia.audit import reproduce_command
+    from jgia.train_prior_command import run_prior_training
+
+    with StageProgress(console) as progress:
+        outcome = run_prior_training(
+            config, command=reproduce_command(argv), progress=progress.update
+        )
+    last = outcome.trained.history[-1]
+    shown = f"{last.kimg:g} thousand images shown in {last.seconds / 60:.1f} minutes"
+    if last.kid is not None:
+        shown += f"; kernel distance {last.kid:.4f} from the training images"
+    print(shown)
     for path in outcome.paths:
         print(path)
     return 0

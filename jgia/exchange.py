@@ -16,7 +16,7 @@ from jgia.audit import AuditOutcome, assemble_result, build_victim, load_images,
 from jgia.config import AttackConfig, CraftConfig, ModelConfig
 from jgia.data import Dataset, load_dataset
 from jgia.federated import UpdateError, load_params, load_update, save_update
-from jgia.methods import Job, Progress, method
+from jgia.methods import Job, Progress, method, prior_words, read_prior
 from jgia.metrics import score
 from jgia.models import Victim, make_victim
 from jgia.normalization import Normalization
@@ -89,6 +89,9 @@ def attack_update(
         public = _public(config.public, victim)
         if public is not None:
             public_data, num_public = str(config.public), len(public)
+        prior = read_prior(config.method, victim, config)
+        if prior is not None:
+            public_data = prior_words(prior)
         threat = ThreatModel(
             server=chosen.server,
             protocol=config.protocol,
@@ -105,7 +108,7 @@ def attack_update(
         truth = _truth(config.truth, victim)
     plan = ares.read_plan(victim, params) if config.method == "ares" else None
     reconstruction = chosen.attack(
-        jax.random.key(config.seed), Job(observation, plan, config, clock, report, public)
+        jax.random.key(config.seed), Job(observation, plan, config, clock, report, public, prior)
     )
     scores = None
     if truth is not None:

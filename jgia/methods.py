@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
@@ -11,8 +11,10 @@ import jax
 import numpy as np
 
 from jgia._clock import StageClock
-from jgia.attacks import analytic, ares, gauss_newton, gradient_matching, imprint
+from jgia.attacks import analytic, ares, gauss_newton, gifd, gradient_matching, imprint
+from jgia.attacks.gifd.attack import _check_prior
 from jgia.config import AttackConfig, AttackName, AuditConfig, ClientConfig
+from jgia.generators.prior import Prior, bundled_priors, load_prior
 from jgia.models import Victim
 from jgia.observation import Observation, Reconstruction
 
@@ -36,6 +38,7 @@ class Job(NamedTuple):
       clock: counts the stages ``leak_s``, ``invert_s`` and ``search_s``.
       report: see :data:`Progress`.
       public: (N, H, W, C) public images in [0, 1], or ``None`` where the attacker has none.
+      prior: the generator that the attack searches; ``None`` for attacks that search none.
     """
 
     observation: Observation
@@ -44,6 +47,7 @@ class Job(NamedTuple):
     clock: StageClock
     report: Progress
     public: np.ndarray | None = None
+    prior: Prior | None = None
 
 
 class Method(NamedTuple):
@@ -55,17 +59,55 @@ class Method(NamedTuple):
       craft: ``(key, victim, calibration, options, client, num_examples) -> (params, plan)`` of a
         malicious server; ``None`` for attacks on what honest training sends.
       attack: from a key and a job to a reconstruction.
+      fits: for attacks that search a generator: refuses one that does not suit the victim or the
+        options, before any compute.
     """
 
     server: Literal["malicious", "honest_but_curious"]
     check: Callable[[Victim], object]
     craft: Callable[..., tuple[PyTree, Any]] | None
     attack: Callable[[jax.Array, Job], Reconstruction]
+    fits: Callable[[Prior, Victim, Options], object] | None = None
 
 
 def method(name: AttackName) -> Method:
     """The attack of a name."""
     return _METHODS[name]
+
+
+def read_prior(name: AttackName, victim: Victim, options: Options) -> Prior | None:
+    """The generator that an attack searches; ``None`` for attacks that search none.
+
+    Raises:
+      ValueError: one is missing, or given to an attack that searches none; it cannot be read, or
+        does not fit the victim or the options.
+    """
+    fits = method(name).fits
+    if fits is None:
+        if options.prior is not None:
+            raise ValueError(f"the attack {name!r} searches no generator; leave out --prior.")
+        return None
+    if options.prior is None:
+        bundled = ", ".join(bundled_priors()) or "none"
+        raise ValueError(
+            f"the attack {name!r} searches a generator of such images: give --prior, a folder "
+            f"written by 'jgia train-prior' or the name of a bundled prior ({bundled})."
+        )
+    prior = load_prior(options.prior)
+    fits(prior, victim, options)
+    return prior
+
+
+def prior_words(prior: Prior) -> str:
+    """What an attacker with a prior knows beforehand, for the threat model.
+
+    >>> from jgia.generators.prior import load_prior
+    >>> prior_words(load_prior("faces32")).partition(",")[0]
+    'generator faces32'
+    """
+    data = prior.record.get("data")
+    source = data.get("provenance") if isinstance(data, Mapping) else None
+    return f"generator {prior.name}, trained on: {source or 'not stated'}"
 
 
 def ares_attack(key: jax.Array, job: Job) -> Reconstruction:
@@ -170,6 +212,41 @@ def _attack_gauss_newton(key: jax.Array, job: Job) -> Reconstruction:
         )
 
 
+def _fits_gifd(prior: Prior, victim: Victim, options: Options) -> None:
+    _check_prior(prior.generator, victim)
+    gifd.settings(options.gifd, generator=prior.generator)
+
+
+def _attack_gifd(key: jax.Array, job: Job) -> Reconstruction:
+    prior = _prior(job)
+    chosen = gifd.settings(job.options.gifd, generator=prior.generator)
+    ends = np.cumsum([chosen.steps_of(k) for k in range(chosen.last_stage + 1)])
+
+    def follow(done: int, steps: int, loss: float) -> None:
+        stage = min(int(np.searchsorted(ends, done)), chosen.last_stage)
+        job.report(
+            f"searching, stage {stage} of 0 to {chosen.last_stage}, loss {loss:.3g}", done, steps
+        )
+
+    job.report("searching", 0, int(ends[-1]))
+    with job.clock.stage("search_s"):
+        return gifd.attack(
+            key,
+            job.observation,
+            prior,
+            options=job.options.gifd,
+            performance=job.options.performance,
+            run_options=job.options.run,
+            progress=follow,
+        )
+
+
+def _prior(job: Job) -> Prior:
+    if job.prior is None:
+        raise ValueError("this attack searches a generator, and the job brings none.")
+    return job.prior
+
+
 def _imprint(module: ModuleType) -> Method:
     return Method(
         "malicious",
@@ -199,5 +276,6 @@ _METHODS: dict[str, Method] = {
     "inverting_gradients": _matching("inverting_gradients"),
     "see_through": _matching("see_through"),
     "gauss_newton": Method("honest_but_curious", lambda victim: None, None, _attack_gauss_newton),
+    "gifd": Method("honest_but_curious", lambda victim: None, None, _attack_gifd, fits=_fits_gifd),
     "analytic": Method("honest_but_curious", analytic.check, None, _attack_analytic),
 }

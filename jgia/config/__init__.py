@@ -6,11 +6,13 @@ from jgia.config.commands import AttackConfig, AttackName, AuditConfig, CraftCon
 from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig, DefenseName
 from jgia.config.gauss_newton import GaussNewtonOptions
+from jgia.config.gifd import GifdOptions
 from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
 from jgia.config.model import ModelConfig, ModelName
 from jgia.config.performance import PerformanceFlags
+from jgia.config.prior import PriorOptions, TrainPriorConfig
 from jgia.config.risk import AuditRiskOptions
 from jgia.config.training import TrainConfig, TrainOptions
 
@@ -28,6 +30,7 @@ __all__ = [
     "FirstLayer",
     "FrontEnd",
     "GaussNewtonOptions",
+    "GifdOptions",
     "ImprintOptions",
     "Inversion",
     "KnowledgeConfig",
@@ -36,9 +39,11 @@ __all__ = [
     "ModelName",
     "Optimizer",
     "PerformanceFlags",
+    "PriorOptions",
     "Protocol",
     "RunOptions",
     "SparseBasis",
     "TrainConfig",
     "TrainOptions",
+    "TrainPriorConfig",
 ]

@@ -12,6 +12,7 @@ from jgia.config.client import ClientConfig, Protocol
 from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig
 from jgia.config.gauss_newton import GaussNewtonOptions
+from jgia.config.gifd import GifdOptions
 from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
@@ -31,6 +32,7 @@ AttackName = Literal[
     "idlg",
     "inverting_gradients",
     "see_through",
+    "gifd",
 ]
 
 
@@ -47,6 +49,7 @@ class AuditConfig:
     imprint: ImprintOptions = dataclasses.field(default_factory=ImprintOptions)
     matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
     gauss_newton: GaussNewtonOptions = dataclasses.field(default_factory=GaussNewtonOptions)
+    gifd: GifdOptions = dataclasses.field(default_factory=GifdOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
     risk: AuditRiskOptions = dataclasses.field(default_factory=AuditRiskOptions)
@@ -55,8 +58,13 @@ class AuditConfig:
     """The attack to run. A malicious server: `ares`, or one of the baselines before it: `rtf`
     (Robbing the Fed; needs `--model imprint_cnn` or `imprint_mlp`), `trap_weights` and `qbi`
     (`--model mlp`), `loki` (`--model cnn`). An honest but curious one: `analytic` (exact, layer by
-    layer), `gauss_newton` (most probable under the noise and a prior from public images), or
-    gradient matching: `dlg`, `idlg`, `inverting_gradients`, `see_through`."""
+    layer), `gauss_newton` (most probable under the noise and a prior from public images),
+    gradient matching: `dlg`, `idlg`, `inverting_gradients`, `see_through`, or with a generator that
+    knows such images (`--prior`): `gifd`."""
+
+    prior: str | None = None
+    """The generator that `gifd` searches: the name of a bundled prior, or a folder written by
+    `jgia train-prior` on other images than the client's."""
 
     trained: Path | None = None
     """Attack what honest training sends: a folder written by `jgia train-victim`, instead of
@@ -155,6 +163,10 @@ class AttackConfig:
     """Data specification of public images that resemble the client's; `gauss_newton` has to have
     some."""
 
+    prior: str | None = None
+    """The generator that `gifd` searches: the name of a bundled prior, or a folder written by
+    `jgia train-prior`."""
+
     truth: str | None = None
     """Data specification of the client's images, if they are known, to score against."""
 
@@ -162,6 +174,7 @@ class AttackConfig:
     imprint: ImprintOptions = dataclasses.field(default_factory=ImprintOptions)
     matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
     gauss_newton: GaussNewtonOptions = dataclasses.field(default_factory=GaussNewtonOptions)
+    gifd: GifdOptions = dataclasses.field(default_factory=GifdOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
 

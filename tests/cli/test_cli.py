@@ -122,6 +122,7 @@ def _options(type_) -> set[str]:
             "MatchingOptions": config.MatchingOptions,
             "RunOptions": config.RunOptions,
             "GaussNewtonOptions": config.GaussNewtonOptions,
+            "GifdOptions": config.GifdOptions,
             "AuditRiskOptions": config.AuditRiskOptions,
             "PerformanceFlags": config.PerformanceFlags,
             "AuditConfig": config.AuditConfig,
