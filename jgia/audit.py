@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 from jgia._clock import StageClock
 from jgia.attacks import ares
 from jgia.audit_risk import audit_risk, with_attack
+from jgia.audit_stages import staged_search
 from jgia.config import AuditConfig, DataConfig, ModelConfig
 from jgia.data import Dataset, load_dataset, split_client_public
 from jgia.defenses import make_defense
@@ -155,6 +156,7 @@ def run_audit(
         reconstruction=reconstruction,
         expected=expected,
         scores=scores,
+        originals=images,
     )
     if risk is not None:
         result["risk"] = with_attack(risk.record, scores["psnr"]["per_image"])
@@ -307,6 +309,7 @@ def assemble_result(
     reconstruction: Reconstruction,
     expected: float | None,
     scores: dict[str, Any] | None,
+    originals: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Put the documented ``result.json`` together."""
     stages = clock.stages
@@ -314,6 +317,7 @@ def assemble_result(
     counts: dict[str, int] = {}
     for candidate in reconstruction.candidates:
         counts[candidate["status"]] = counts.get(candidate["status"], 0) + 1
+    stats, staged = staged_search(reconstruction, originals, scores)
     return {
         "version": SCHEMA_VERSION,
         "command": command,
@@ -343,9 +347,10 @@ def assemble_result(
             "num_candidates": len(reconstruction.candidates),
             "candidates": [dict(candidate) for candidate in reconstruction.candidates],
             "status_counts": counts,
-            "stats": dict(reconstruction.stats),
+            "stats": stats,
         },
         "scores": scores,
+        **({} if staged is None else {"staged_search": staged}),
     }
 
 

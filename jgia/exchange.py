@@ -127,6 +127,7 @@ def attack_update(
         reconstruction=reconstruction,
         expected=None,
         scores=scores,
+        originals=None if truth is None else truth.images,
     )
     return AuditOutcome(
         result=result, reconstruction=reconstruction, truth=truth, observation=observation

@@ -33,6 +33,8 @@ def print_summary(
     counts = result["attack"]["status_counts"]
     listed = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
     console.print(Text(f"Candidates: {listed or 'none'}"))
+    if (search := result.get("staged_search")) is not None:
+        console.print(Text(f"Returned: {search['why']}"))
     if (risk := result.get("risk")) is not None:
         console.print(
             Text(

@@ -17,6 +17,7 @@ from jgia.report.records import HEADLINE_DB, LEVELS, THRESHOLDS, Number
 from jgia.report.risk import risk_section
 from jgia.report.schema import validate_result
 from jgia.report.search import SearchHistory, search_section
+from jgia.report.stages import stages_section
 
 _TIMING_NAMES = {
     "setup_s": "Setup (data, crafted parameters)",
@@ -74,7 +75,8 @@ def render_html(
             "main",
             _threat_model(result),
             image_section(result, originals, aligned, statuses, labels),
-            search_section(history),
+            stages_section(result, originals, history, labels),
+            search_section(history, staged="staged_search" in result),
             _scores(result),
             risk_section(result.get("risk"), originals, pixel_errors),
             _candidates(result),

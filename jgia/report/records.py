@@ -176,6 +176,31 @@ class Scores(TypedDict):
     matching: list[Count | None]
 
 
+class StageRecord(TypedDict):
+    """One stage of a staged search; lists over restarts unless stated otherwise."""
+
+    searched: str
+    steps: Count
+    seconds: Seconds
+    distances: list[float | None]
+    curve_steps: list[Positive]
+    curve_losses: list[list[float | None]]
+    psnr: NotRequired[list[Decibel]]
+
+
+class StagedSearch(TypedDict):
+    """A search of a generator in stages, and why one stage's images were returned."""
+
+    prior: str
+    stage: Count
+    restart: Count
+    why: str
+    budget_steps: Positive | None
+    budget_seconds: Seconds | None
+    stopped_early: bool
+    stages: list[StageRecord]
+
+
 class ImageRisk(TypedDict):
     """How well any attack could reconstruct one image, and how well this one did."""
 
@@ -232,6 +257,7 @@ class Result(TypedDict):
     threat_model: ThreatModelRecord
     attack: Attack
     scores: Scores | None
+    staged_search: NotRequired[StagedSearch]
     risk: NotRequired[Risk]
 
 

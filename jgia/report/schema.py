@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, Union, get_args, get_or
 from jgia.report import records
 from jgia.report.records import Bounds, Result
 
-SCHEMA_VERSION = "1.3"
+SCHEMA_VERSION = "1.4"
 """Version of the schema: minor versions add keys, major versions change or remove them."""
 
 _SLACK = 1e-9  # a closed-form interval at rate 1 can round to just past 1
@@ -34,7 +34,7 @@ def validate_result(result: object) -> None:
     Raises:
       ValueError: the first problem found, as ``result.scores.psnr.median: expected ...``.
 
-    >>> validate_result({"version": "1.3"})
+    >>> validate_result({"version": "1.4"})
     Traceback (most recent call last):
     ValueError: result.command: this key is missing; expected a string.
     """
@@ -51,6 +51,8 @@ def validate_result(result: object) -> None:
     _check_attack(checked["attack"])
     if checked["scores"] is not None:
         _check_scores(checked["scores"])
+    if "staged_search" in checked:
+        _check_staged_search(checked["staged_search"], checked["scores"])
     if "risk" in checked and len(checked["risk"]["images"]) != checked["risk"]["num_images"]:
         raise _problem(
             "result.risk.images",
@@ -214,6 +216,32 @@ def _check_attack(attack: Mapping[str, Any]) -> None:
         raise _problem(
             f"{path}.status_counts", f"the counts of the candidates' statuses {dict(counts)}", given
         )
+
+
+def _check_staged_search(search: Mapping[str, Any], scores: Mapping[str, Any] | None) -> None:
+    """Every list must have one entry per restart (or true image), and the choice be one of them."""
+    path, stages = "result.staged_search", search["stages"]
+    if search["stage"] >= len(stages):
+        raise _problem(f"{path}.stage", f"an index below {len(stages)}", search["stage"])
+    restarts = len(stages[0]["distances"])
+    if search["restart"] >= restarts:
+        raise _problem(f"{path}.restart", f"an index below {restarts}", search["restart"])
+    for index, stage in enumerate(stages):
+        where = f"{path}.stages[{index}]"
+        for name in ("distances", "curve_losses"):
+            if len(stage[name]) != restarts:
+                raise _problem(f"{where}.{name}", f"one per restart, {restarts}", stage[name])
+        points = len(stage["curve_steps"])
+        if any(len(line) != points for line in stage["curve_losses"]):
+            raise _problem(
+                f"{where}.curve_losses", f"lists of {points}, as curve_steps", stage["curve_losses"]
+            )
+        if "psnr" in stage:
+            expected = 0 if scores is None else scores["num_true"]
+            if len(stage["psnr"]) != expected:
+                raise _problem(
+                    f"{where}.psnr", f"one entry per true image, {expected}", stage["psnr"]
+                )
 
 
 def _check_scores(scores: Mapping[str, Any]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from jgia.report import images as pixels_of
 from jgia.report.markup import Html, element, join, section
+from jgia.report.records import Number
 
 _WIDTH, _HEIGHT = 640, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 12, 30
@@ -53,64 +56,124 @@ class SearchHistory:
         }
 
 
-def search_section(history: SearchHistory | None) -> Html:
-    """The section of the page; nothing where there was no search."""
+class Line(NamedTuple):
+    """One curve of a :func:`chart`.
+
+    Attributes:
+      places: from left to right, any unit.
+      values: positive.
+      dots: whether each point is marked.
+      aside: whether it stands back behind the others.
+    """
+
+    places: Sequence[Number]
+    values: Sequence[Number]
+    dots: bool = False
+    aside: bool = False
+
+
+def search_section(history: SearchHistory | None, *, staged: bool = False) -> Html:
+    """The section of the page; nothing where there was no search.
+
+    Args:
+      history: of the search.
+      staged: whether another section shows its images, one of each stage; ends of stages are
+        then marked on the curve.
+    """
     if history is None:
         return Html("")
     finite = np.isfinite(history.losses) & (history.losses > 0)
     parts: list[Html] = []
     if finite.sum() >= 2:
-        parts.append(_curve(history.steps[finite], history.losses[finite]))
-    if len(history.frames) and history.frames.shape[1]:
+        ends = history.frame_steps[:-1].tolist() if staged else []
+        parts.append(_curve(history.steps[finite], history.losses[finite], ends))
+    if len(history.frames) and history.frames.shape[1] and not staged:
         parts.append(_film(history))
     if not parts:
         return Html("")
     return section("How the search went", *parts, id_="search")
 
 
-def _curve(steps: np.ndarray, losses: np.ndarray) -> Html:
+def _curve(steps: np.ndarray, losses: np.ndarray, ends: Sequence[int]) -> Html:
     """Loss over steps, the loss logarithmic."""
-    low, high = math.log10(losses.min()), math.log10(losses.max())
+    last = max(2, int(steps[-1]))
+    label = f"Loss over {last} steps: from {losses[0]:.3g} to {losses.min():.3g}"
+    svg = chart(
+        [Line(steps.tolist(), losses.tolist())],
+        ticks=[(step, f"{step}") for step in (1, (1 + last) // 2, last)],
+        rules=ends,
+        label=label,
+    )
+    caption = f"{label} (logarithmic scale)"
+    if ends:
+        caption += "; upright lines where a stage ends"
+    return element("figure", svg, element("figcaption", caption))
+
+
+def chart(
+    lines: Sequence[Line],
+    *,
+    ticks: Sequence[tuple[Number, str]],
+    label: str,
+    rules: Sequence[Number] = (),
+) -> Html:
+    """Curves with a logarithmic axis of values.
+
+    Args:
+      lines: at least one, with at least one point; those that stand aside first.
+      ticks: places and their names below the axis; the first and last are its ends.
+      label: what is seen, for those who do not see it.
+      rules: places of upright lines.
+    """
+    values = [value for line in lines for value in line.values]
+    low, high = math.log10(min(values)), math.log10(max(values))
     if high - low < 0.1:
         low, high = low - 0.05, high + 0.05
-    last = max(2, int(steps[-1]))
+    first, last = ticks[0][0], ticks[-1][0]
 
-    def place(step: int, level: float) -> tuple[float, float]:
-        x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * (step - 1) / (last - 1)
+    def place(where: Number, level: float) -> tuple[float, float]:
+        x = _LEFT + (_WIDTH - _LEFT - _RIGHT) * (where - first) / (last - first)
         y = _TOP + (_HEIGHT - _TOP - _BOTTOM) * (high - level) / (high - low)
         return round(x, 1), round(y, 1)
 
-    points = (place(s, math.log10(v)) for s, v in zip(steps.tolist(), losses.tolist(), strict=True))
-    line = element(
-        "polyline",
-        points=" ".join(f"{x},{y}" for x, y in points),
-        fill="none",
-        stroke="currentColor",
-        stroke_width=2,
-        stroke_linejoin="round",
-    )
     marks: list[Html] = []
     for level in _levels(low, high):
         x, y = place(last, level)
         marks.append(element("line", x1=_LEFT, x2=x, y1=y, y2=y, class_="gridline"))
         text = f"{10**level:.2g}"
         marks.append(element("text", text, x=_LEFT - 8, y=y + 4, text_anchor="end"))
-    for step in (1, (1 + last) // 2, last):
-        x, _ = place(step, low)
-        anchor = "end" if step == last else "middle"
-        marks.append(element("text", f"{step}", x=x, y=_HEIGHT - 8, text_anchor=anchor))
-    first, best = losses[0], losses.min()
-    label = f"Loss over {last} steps: from {first:.3g} to {best:.3g}"
-    svg = element(
+    for where, text in ticks:
+        anchor = "end" if where == last else "middle"
+        x, _ = place(where, low)
+        marks.append(element("text", text, x=x, y=_HEIGHT - 8, text_anchor=anchor))
+    for where in rules:
+        x, bottom = place(where, low)
+        marks.append(element("line", x1=x, x2=x, y1=_TOP, y2=bottom, class_="gridline"))
+    return element(
         "svg",
         *marks,
-        line,
+        *(part for line in lines for part in _drawn(line, place)),
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         role="img",
         aria_label=label,
         class_="curve",
     )
-    return element("figure", svg, element("figcaption", f"{label} (logarithmic scale)"))
+
+
+def _drawn(line: Line, place: Callable[[Number, float], tuple[float, float]]) -> Iterator[Html]:
+    points = [place(x, math.log10(v)) for x, v in zip(line.places, line.values, strict=True)]
+    class_ = "aside" if line.aside else None
+    yield element(
+        "polyline",
+        points=" ".join(f"{x},{y}" for x, y in points),
+        fill="none",
+        stroke="currentColor",
+        stroke_width=2,
+        stroke_linejoin="round",
+        class_=class_,
+    )
+    for x, y in points if line.dots else ():
+        yield element("circle", cx=x, cy=y, r=4, class_=f"dot {class_ or ''}".strip())
 
 
 def _levels(low: float, high: float) -> list[float]:

@@ -95,7 +95,7 @@ def build(
         for i, status in enumerate([*statuses, "mixture", "duplicate"])
     ]
     result = {
-        "version": "1.3",
+        "version": "1.4",
         "command": "jgia audit --data digits --seed 3",
         "config": {"attack": {"num_bins": 64, "layers": ["conv1", "fc"]}, "dtype": "float32"},
         "environment": {
