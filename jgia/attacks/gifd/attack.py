@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import functools
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jgia.attacks.gifd.drive import Group, resolve_driver
-from jgia.attacks.gifd.matching import Matching, make_matching, stack
-from jgia.attacks.gifd.run import Progress, Run, StageResult
+from jgia.attacks.gifd.matching import make_matching, stack
+from jgia.attacks.gifd.result import Client, reconstruction
+from jgia.attacks.gifd.run import Progress, Run
 from jgia.attacks.gifd.settings import Settings, settings
 from jgia.attacks.gifd.transform import Transform, estimate_transform
 from jgia.attacks.gradient_matching.checkpoint import digest
@@ -25,13 +26,14 @@ from jgia.config.gradient_matching import RunOptions
 from jgia.config.performance import PerformanceFlags
 from jgia.generators.protocol import Side, StagedGenerator
 from jgia.models import Victim
-from jgia.observation import History, Observation, Reconstruction, Status
+from jgia.observation import Observation, Reconstruction
 
 PyTree = Any
 
-_CURVE_POINTS = 200
+_MOST_ON_CPU = 4  # more fill no core better, and lengthen what has to be kept
 
 
+@runtime_checkable
 class TrainedGenerator(Protocol):
     """What the attack needs of a prior: see :class:`jgia.generators.Prior`."""
 
@@ -112,7 +114,7 @@ def attack(
         for i in range(0, chosen.restarts, size)
     ]
     run = _run(key, prior, chosen, performance, run_options, groups, observation.victim, progress)
-    return _reconstruction(one, run(groups), range(chosen.restarts), chosen, prior)
+    return reconstruction(one, run(groups), range(chosen.restarts), chosen, prior.name)
 
 
 def attack_clients(
@@ -135,8 +137,8 @@ def attack_clients(
         number of examples.
       prior: as for :func:`attack`.
       options: as for :func:`attack`.
-      performance: ``microbatch`` searches (clients times restarts) run at once; one by one on CPU
-        and all at once elsewhere when left out. Compiled once in all.
+      performance: ``microbatch`` searches (clients times restarts) run at once; up to four on CPU
+        and all elsewhere when left out. Compiled once in all.
       run_options: as for :func:`attack`; one checkpoint holds all clients.
       generator_labels: one entry per client.
       progress: as for :func:`attack`.
@@ -184,22 +186,15 @@ def attack_clients(
     run = _run(key, prior, chosen, performance, run_options, groups, victim, progress)
     results = run(groups)
     return [
-        _reconstruction(
-            client, results, range(k * chosen.restarts, (k + 1) * chosen.restarts), chosen, prior
+        reconstruction(
+            client,
+            results,
+            range(k * chosen.restarts, (k + 1) * chosen.restarts),
+            chosen,
+            prior.name,
         )
         for k, client in enumerate(clients)
     ]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class _Client:
-    """What is searched for one client, from where, and how that was found out."""
-
-    matching: Matching
-    side: Side
-    labels_by: str
-    generator_labels: np.ndarray | None
-    transform: dict[str, Any]
 
 
 def _settings(options: GifdOptions | Settings | None, prior: TrainedGenerator) -> Settings:
@@ -218,7 +213,7 @@ def _prepare(
     num_examples: int | None,
     generator_labels: ArrayLike | None,
     start_side: Side | None,
-) -> _Client:
+) -> Client:
     _check_prior(prior.generator, observation.victim)
     count = example_count(observation, num_examples)
     transform, record = Transform(), {"found": "not asked for"}
@@ -233,7 +228,7 @@ def _prepare(
     )
     if start_side is not None:
         side = _given_side(start_side, side)
-    return _Client(
+    return Client(
         matching=dataclasses.replace(check, labels=labels, transform=transform),
         side=side,
         labels_by=how,
@@ -287,12 +282,12 @@ def _generator_labels(
     return shown.astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def _draw(
     generator: StagedGenerator, params: PyTree, keys: Array, count: int, labels: Array | None
 ) -> Side:
     """Side inputs of every restart, every leaf (R, B, ...)."""
-    draws = [generator.draw(params, each, count, labels) for each in keys]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *draws)
+    return jax.vmap(lambda key: generator.draw(params, key, count, labels))(keys)
 
 
 def _given_side(given: Side, like: Side) -> Side:
@@ -306,10 +301,12 @@ def _given_side(given: Side, like: Side) -> Side:
 
 
 def _group_size(performance: PerformanceFlags, searches: int) -> int:
-    """Searches advanced at once: one on CPU, else all."""
+    """Searches advanced at once: as many as divide them evenly, on CPU four at most, else all."""
     if performance.microbatch is not None:
         return performance.microbatch
-    return 1 if jax.default_backend() == "cpu" else searches
+    if jax.default_backend() != "cpu":
+        return searches
+    return max(size for size in range(1, _MOST_ON_CPU + 1) if searches % size == 0)
 
 
 def _run(
@@ -336,109 +333,3 @@ def _run(
         mark=mark,
         progress=progress,
     )
-
-
-def _reconstruction(
-    client: _Client,
-    results: Sequence[StageResult],
-    rows: range,
-    chosen: Settings,
-    prior: TrainedGenerator,
-) -> Reconstruction:
-    """The images of the stage and restart with the smallest distance."""
-    own = np.stack([result.distances[rows.start : rows.stop] for result in results])
-    table = np.where(np.isfinite(own), own, np.inf)  # (stages, restarts)
-    if chosen.selection == "last":
-        stage, restart = len(results) - 1, int(np.argmin(table[-1]))
-    else:
-        stage, restart = (int(i) for i in np.unravel_index(np.argmin(table), table.shape))
-    row, value = rows.start + restart, float(table[stage, restart])
-    finite = math.isfinite(value)
-    status = Status.MATCHED if finite else Status.NONFINITE
-    labels = np.asarray(client.matching.labels)
-    kept = len(labels) if finite else 0
-    frozen = sorted(
-        {r for result in results for r in range(len(rows)) if not result.alive[rows.start + r]}
-    )
-    return Reconstruction(
-        images=results[stage].images[row][:kept],
-        scores=np.full(kept, -value),
-        statuses=(status,) * kept,
-        selected_by="gradient distance",
-        labels=labels[:kept],
-        candidates=tuple(
-            {"status": str(status), "label": int(label), "distance": value if finite else None}
-            for label in labels
-        ),
-        stats={
-            "settings": dataclasses.asdict(chosen),
-            "prior": prior.name,
-            "labels_by": client.labels_by,
-            "generator_labels": None
-            if client.generator_labels is None
-            else client.generator_labels.tolist(),
-            "transform": client.transform,
-            "stage": stage,
-            "restart": restart,
-            "why": _why(results, stage, restart, table, chosen),
-            "stage_names": [result.name() for result in results],
-            "stage_distances": [[_number(d) for d in line] for line in own],
-            "stage_steps": [result.losses.shape[1] for result in results],
-            "stage_seconds": [result.seconds for result in results],
-            "stopped_early": any(
-                result.losses.shape[1] < chosen.steps_of(k) for k, result in enumerate(results)
-            ),
-            "stage_curves": [_curves(result, rows) for result in results],
-            "nonfinite_restarts": frozen,
-        },
-        history=_history(results, row),
-    )
-
-
-def _why(
-    results: Sequence[StageResult],
-    stage: int,
-    restart: int,
-    table: np.ndarray,
-    chosen: Settings,
-) -> str:
-    if not np.isfinite(table[stage, restart]):
-        return "no search has a finite gradient distance"
-    among = f"all {table.size} of {table.shape[0]} stages and {table.shape[1]} restarts"
-    if chosen.selection == "last":
-        among = f"the {table.shape[1]} restarts of the last stage"
-    return (
-        f"stage {stage} ({results[stage].name()}) of restart {restart} has the smallest gradient "
-        f"distance, {table[stage, restart]:.4g}, of {among}"
-    )
-
-
-def _curves(result: StageResult, rows: range) -> dict[str, Any]:
-    """Losses of every restart, thinned out."""
-    steps = _thinned(result.losses.shape[1])
-    losses = result.losses[rows.start : rows.stop, steps]
-    return {
-        "steps": (steps + 1).tolist(),
-        "losses": [[_number(v) for v in line] for line in losses],
-    }
-
-
-def _history(results: Sequence[StageResult], row: int) -> History:
-    """One restart's losses through all stages, and its image after each."""
-    losses = np.concatenate([result.losses[row] for result in results])
-    kept = _thinned(len(losses))
-    ends = np.cumsum([result.losses.shape[1] for result in results])
-    return History(
-        steps=kept + 1,
-        losses=losses[kept],
-        frame_steps=ends,
-        frames=np.stack([result.images[row] for result in results]),
-    )
-
-
-def _thinned(count: int) -> np.ndarray:
-    return np.unique(np.linspace(0, count - 1, min(count, _CURVE_POINTS)).round().astype(int))
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

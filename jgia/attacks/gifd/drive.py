@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from jgia.attacks.gifd import stages
-from jgia.attacks.gifd.matching import Matching, matching_distance, vmapped
+from jgia.attacks.gifd.matching import Matching, vmapped
 from jgia.attacks.gifd.stages import Anchor, Point, Stage, State, Weights
 from jgia.generators.protocol import GeneratorState, Side
 
@@ -88,7 +88,7 @@ def advance(
     collected = []
     for rate in rates:
         pixels, pullback = _render(stage, params, anchor, state.point)
-        loss, gradient = _image_loss(weights, matching, pixels)
+        loss, _, gradient = _image_loss(weights, matching, pixels)
         state = _move(anchor, state, loss, gradient, pullback, rate)
         collected.append(loss)
     return state, np.stack(jax.device_get(collected), axis=1)
@@ -113,14 +113,15 @@ def _each(function: Any, *arguments: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _image_loss(weights: Weights, matching: Matching, pixels: Array) -> tuple[Array, Array]:
-    """(losses, their derivatives in the pixels) of a group."""
+def _image_loss(weights: Weights, matching: Matching, pixels: Array) -> tuple[Array, Array, Array]:
+    """(losses, distances of updates, the losses' derivatives in the pixels) of a group."""
 
-    def one(matching: Matching, pixels: Array) -> tuple[Array, Array]:
-        def loss(pixels: Array) -> Array:
-            return stages.image_loss(weights, matching, pixels)[0]
+    def one(matching: Matching, pixels: Array) -> tuple[Array, Array, Array]:
+        def loss(pixels: Array) -> tuple[Array, Array]:
+            return stages.image_loss(weights, matching, pixels)
 
-        return jax.value_and_grad(loss)(pixels)
+        (value, fit), gradient = jax.value_and_grad(loss, has_aux=True)(pixels)
+        return value, fit, gradient
 
     return vmapped(matching, one, pixels)
 
@@ -147,7 +148,7 @@ def _scan(
 ) -> tuple[State, Array]:
     def step(state: State, rate: Array) -> tuple[State, Array]:
         pixels, pullback = _render(stage, params, anchor, state.point)
-        loss, gradient = _image_loss(weights, matching, pixels)
+        loss, _, gradient = _image_loss(weights, matching, pixels)
         return _move(anchor, state, loss, gradient, pullback, rate), loss
 
     return jax.lax.scan(step, state, rates)
@@ -159,14 +160,9 @@ def images(stage: Stage, params: PyTree, anchor: Anchor, point: Point) -> Array:
     return jnp.clip(_rendered(stage, params, anchor, point), 0, 1)
 
 
-@jax.jit
-def distances(matching: Matching, pixels: Array) -> Array:
-    """(searches,) distances of updates, of pixels in [0, 1]."""
-
-    def one(matching: Matching, pixels: Array) -> Array:
-        return matching_distance(matching, matching.victim.normalization.normalize(pixels))
-
-    return vmapped(matching, one, pixels)
+def distances(weights: Weights, matching: Matching, pixels: Array) -> Array:
+    """(searches,) distances of updates, of pixels in [0, 1]; compiles nothing after a step."""
+    return _image_loss(weights, matching, pixels)[1]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -183,8 +183,8 @@ def matching_distance(problem: Matching, inputs: Array) -> Array:
 
     ``v = -(g* / (|g| |g*|) - <g, g*> g / (|g|^3 |g*|))``.
 
-    FedAvg clients whose training is replayed have no such form: they are unrolled and differentiated
-    in reverse over reverse.
+    FedAvg clients whose training is replayed have no such form: they are unrolled, and
+    differentiated in reverse over reverse.
 
     Args:
       problem: see :func:`make_matching`; not stacked.

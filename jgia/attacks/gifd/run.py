@@ -96,7 +96,7 @@ class Run:
                 for anchor, state in zip(anchors, states, strict=True)
             ]
             fits = [
-                drive.distances(group.matching, pixels)
+                drive.distances(weights, group.matching, pixels)
                 for group, pixels in zip(memory.groups, images, strict=True)
             ]
             entering = memory.groups[0].state

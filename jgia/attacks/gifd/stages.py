@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from jgia.attacks.gifd.matching import Matching, matching_distance
 from jgia.attacks.gifd.projection import project_l1
@@ -208,7 +209,7 @@ def image_loss(weights: Weights, matching: Matching, pixels: Array) -> tuple[Arr
     return total, fit
 
 
-def move(anchor: Anchor, state: State, loss: Array, gradient: Point, rate: Array) -> State:
+def move(anchor: Anchor, state: State, loss: Array, gradient: PyTree, rate: ArrayLike) -> State:
     """A step of Adam, then the projection of every part on the ball around its start.
 
     Adam's moments are left as they are. A step from or to numbers that are not finite is not

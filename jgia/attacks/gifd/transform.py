@@ -155,7 +155,7 @@ def _pruned_features(
     name = f"{head.name}/kernel" if isinstance(head, Dense) else ""
     if name not in flat:
         return None
-    zero = ~flat[name].any(axis=1)
+    zero = np.all(flat[name] == 0, axis=1)
     active = _active_units(layers[:-1], flat, len(zero))
     kept = ~zero if active is None else ~(zero & active)
     return None if kept.all() else (name, kept, active is not None)
@@ -167,8 +167,9 @@ def _active_units(layers: Any, flat: Mapping[str, np.ndarray], count: int) -> np
     if not before:
         return None
     last = before[-1]
-    last = last.branch[-1] if isinstance(last, Residual) else last
-    leaves = [leaf for name, leaf in flat.items() if name.rpartition("/")[0] == last.name]
+    part = last.branch[-1] if isinstance(last, Residual) else last
+    owner = "" if isinstance(part, Pool) else part.name
+    leaves = [leaf for name, leaf in flat.items() if name.rpartition("/")[0] == owner]
     if not leaves or any(leaf.shape[-1] != count for leaf in leaves):
         return None
     return np.any([leaf.reshape(-1, count).any(axis=0) for leaf in leaves], axis=0)

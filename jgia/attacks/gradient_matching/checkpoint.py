@@ -55,7 +55,8 @@ def save(
 def write(path: Path, arrays: Mapping[str, Any], *, mark: str) -> None:
     """Write arrays by name, and whose they are."""
     content = io.BytesIO()
-    np.savez(content, **arrays, **{_FINGERPRINT: np.asarray(mark)})
+    everything: dict[str, Any] = {**arrays, _FINGERPRINT: np.asarray(mark)}
+    np.savez(content, **everything)
     atomic_write_bytes(path, content.getvalue())
 
 
