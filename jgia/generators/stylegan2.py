@@ -137,7 +137,7 @@ class StyleGAN2:
         ]
         keys = jax.random.split(key, len(names))
         return {
-            name: jax.random.normal(k, (num_images, int(name[:-1]), int(name[:-1]), 1))
+            name: jax.random.normal(k, (num_images, int(name[:-1]), int(name[:-1]), 1), "float32")
             for name, k in zip(names, keys, strict=True)
         }
 
@@ -168,18 +168,19 @@ class StyleGAN2:
         """
         _check_labels(self.num_classes, labels)
         key_style, key_noise = jax.random.split(key)
+        known = params["styles"]
+        dtype = known["mean"].dtype
         if start == "gaussian":
-            known = params["styles"]
             shape = (num_images, self.num_blocks, STYLES_PER_BLOCK, self.style_dim)
-            normal = jax.random.normal(key_style, shape)
+            normal = jax.random.normal(key_style, shape, dtype)
             flat = (
                 known["flat_mean"][None, None, None] + known["flat_std"][None, None, None] * normal
             )
             styles = activate(flat)
         else:
-            latents = jax.random.normal(key_style, (num_images, self.latent_dim))
+            latents = jax.random.normal(key_style, (num_images, self.latent_dim), dtype)
             style = self.map(params, latents, labels)
-            mean = params["styles"]["mean"][None]
+            mean = known["mean"][None]
             styles = self.broadcast(mean + truncation * (style - mean))
         return {"styles": styles, "noise": self.draw_noise(key_noise, num_images)}
 
