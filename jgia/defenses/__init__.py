@@ -14,6 +14,7 @@ from jgia.defenses.adaptive_scale import (
     scale_for_target,
 )
 from jgia.defenses.augmentation import augment
+from jgia.defenses.censor import CensorState, censor_update
 from jgia.defenses.clipping import ClipState, clip_update
 from jgia.defenses.coordinate import CoordinateNoise, coordinate_noise
 from jgia.defenses.defense import Defense, declared_noise_std, make_defense
@@ -41,6 +42,7 @@ from jgia.defenses.sparsification import SparsityState, keep_top_k
 __all__ = [
     "THRESHOLDS",
     "AdaptiveStats",
+    "CensorState",
     "ClipState",
     "CoordinateNoise",
     "Defense",
@@ -55,6 +57,7 @@ __all__ = [
     "StochasticState",
     "adaptive_scale_noise",
     "augment",
+    "censor_update",
     "clip_update",
     "coordinate_noise",
     "declared_noise_std",

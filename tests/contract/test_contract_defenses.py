@@ -18,9 +18,10 @@ from jgia.defenses import Defense, make_defense
 
 _HERE = Path(__file__).resolve().parent
 _PACKAGE = Path(next(iter(jgia.defenses.__path__)))
-_BASELINES = {"coordinate", "soteria"}  # to compare with; no name on the command line
+_BASELINES = {"censor", "coordinate", "soteria"}  # to compare with; no name on the command line
 _NOT_DEFENSES = {"accounting", "defense", "detector"} | _BASELINES
 _HELPERS = {
+    "censor_update",
     "coordinate_noise",
     "declared_noise_std",
     "detect_crafted",
