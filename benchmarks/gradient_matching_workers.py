@@ -33,6 +33,7 @@ class Worker:
       python: its interpreter.
       threads: 1 or 2; 0 for as many as there are.
       environment: set on top of the machine's.
+      benchmark: whose script: the first part of its name.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Worker:
         *,
         threads: int = 2,
         environment: Mapping[str, str] | None = None,
+        benchmark: str = "gradient_matching",
     ) -> None:
         self.threads = threads
         own = {}
@@ -52,7 +54,7 @@ class Worker:
             own |= {"PYTHONPATH": os.pathsep.join(paths)}
         self._errors: collections.deque[str] = collections.deque(maxlen=20)
         self._process = subprocess.Popen(
-            [python, str(_HERE / f"gradient_matching_{script}.py")],
+            [python, str(_HERE / f"{benchmark}_{script}.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
