@@ -102,14 +102,16 @@ def attack_with_label_mapping(
     if coarse_labels is None:
         # The same key as in the attack, so the same labels: ties are broken alike.
         count = example_count(observation, num_examples)
-        own, _ = given_or_inferred(jax.random.split(key)[0], observation, options.labels, count)
+        own, _ = given_or_inferred(
+            jax.random.split(jax.random.clone(key))[0], observation, options.labels, count
+        )
         coarse_labels = np.asarray(own) % generator.num_classes
     lengths = [sum(s.steps_of(k) for k in range(s.last_stage + 1)) for s in (coarse, fine)]
     told = _Told(progress, lengths[0] + candidates * lengths[1])
 
     def search(name: str, chosen: Settings, classes: ArrayLike) -> Reconstruction:
         found = attack(
-            key,
+            jax.random.clone(key),  # meant: the same start in every pass
             observation,
             prior,
             options=chosen,

@@ -81,7 +81,7 @@ def reconstruction(
             "restart": restart,
             "why": _why(results, stage, restart, table, chosen),
             "stage_names": [result.name() for result in results],
-            "stage_distances": [[_number(d) for d in line] for line in own],
+            "stage_distances": [[_number(d) for d in line] for line in own.tolist()],
             "stage_steps": [result.losses.shape[1] for result in results],
             "stage_seconds": [result.seconds for result in results],
             "stopped_early": any(
@@ -118,7 +118,7 @@ def _curves(result: StageResult, rows: range) -> dict[str, Any]:
     losses = result.losses[rows.start : rows.stop, steps]
     return {
         "steps": (steps + 1).tolist(),
-        "losses": [[_number(v) for v in line] for line in losses],
+        "losses": [[_number(v) for v in line] for line in losses.tolist()],
     }
 
 
