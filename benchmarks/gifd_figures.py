@@ -19,8 +19,8 @@ _COLORS = {"IG": "C7", "latent only": "C0", "GIFD": "C3", "GIAS": "C2", "GGL": "
 
 def draw(folder: Path) -> None:
     """A PNG beside every ``gifd_*.json``."""
-    kinds = {"ladder": _ladder, "ablation": _bars, "batch": _grouped, "ood": _grouped}
-    kinds |= {"defenses": _grouped, "mapping": _bars, "speed": _speed}
+    kinds = {"ladder": _ladder, "ablation": _points, "batch": _grouped, "ood": _grouped}
+    kinds |= {"defenses": _grouped, "mapping": _points, "speed": _speed}
     for path in sorted(folder.glob("gifd_*.json")):
         found = json.loads(path.read_text())
         section = path.stem.split("_")[1]
@@ -46,6 +46,10 @@ def _family(name: str) -> str:
     """The method behind a case's name."""
     first = name.split(" | ")[0].split(",")[0]
     return first if first in _COLORS else "GIFD"
+
+
+def _order(name: str) -> tuple[int, str]:
+    return list(_COLORS).index(_family(name)), name
 
 
 def _bar(axes: Any, names: list[str], summary: dict[str, Any], metric: str) -> None:
@@ -86,13 +90,20 @@ def _ladder(found: dict[str, Any]) -> Any:
     return _finished(figure, found)
 
 
-def _bars(found: dict[str, Any]) -> Any:
-    """One bar per case."""
-    names = _named(found["summary"])
+def _points(found: dict[str, Any]) -> Any:
+    """One point per case, so that small differences show."""
+    summary = found["summary"]
+    names = _named(summary)
     figure, axes = plt.subplots(figsize=(8, 1.4 + 0.3 * len(names)))
-    _bar(axes, names, found["summary"], "psnr")
-    low = min(found["summary"][name]["psnr"]["mean"] for name in names)
-    axes.set_xlim(left=max(0.0, low - 6))
+    for place, name in zip(range(len(names))[::-1], names, strict=True):
+        psnr = summary[name]["psnr"]
+        mean = psnr["mean"]
+        reach = [[mean - psnr.get("low", mean)], [psnr.get("high", mean) - mean]]
+        axes.errorbar(mean, place, xerr=reach, fmt="o", color="C3", capsize=3)
+        axes.annotate(f"{mean:.2f}", (mean, place), (0, 5), textcoords="offset points", fontsize=7)
+    axes.axvline(summary[names[0]]["psnr"]["mean"], color="C7", linestyle=":")
+    axes.set_yticks(list(range(len(names))[::-1]), names, fontsize=8)
+    axes.set_xlabel("PSNR (dB), mean and 95 % interval over clients")
     return _finished(figure, found)
 
 
@@ -101,7 +112,7 @@ def _grouped(found: dict[str, Any]) -> Any:
     summary = found["summary"]
     names = _named(summary)
     groups = list(dict.fromkeys(name.partition(" | ")[2] for name in names))
-    methods = list(dict.fromkeys(name.split(" | ")[0] for name in names))
+    methods = sorted({name.split(" | ")[0] for name in names}, key=_order)
     width = 0.8 / len(methods)
     figure, axes = plt.subplots(figsize=(max(6.0, 1.2 * len(groups) + 2), 4))
     for i, method in enumerate(methods):
@@ -119,7 +130,8 @@ def _grouped(found: dict[str, Any]) -> Any:
     labels = [_label(found, group) for group in groups]
     axes.set_xticks(range(len(groups)), labels, fontsize=8, rotation=20 if len(groups) > 5 else 0)
     axes.set_ylabel("PSNR (dB), mean and 95 % interval")
-    axes.legend(fontsize=8)
+    axes.margins(y=0.2)
+    axes.legend(fontsize=8, ncols=len(methods), loc="upper center")
     return _finished(figure, found)
 
 
@@ -127,6 +139,8 @@ def _label(found: dict[str, Any], group: str) -> str:
     if group:
         return group.removeprefix("npz:").removesuffix(".npz")
     records = found["cases"].values()
+    if any(record["defense"] != "none" for record in records):
+        return "no defense"
     return "B=1" if any(record["batch"] > 1 for record in records) else found["plan"]["data"]
 
 
@@ -137,7 +151,8 @@ def _speed(found: dict[str, Any]) -> Any:
     places = range(len(rows))[::-1]
     colors = ["C3" if row["contender"].startswith("jgia") else "C7" for row in rows]
     bars = left.barh(places, [row["ms_per_step"] for row in rows], color=colors)
-    left.bar_label(bars, fmt="%.1f", fontsize=8)
+    left.bar_label(bars, fmt="%.1f", fontsize=8, padding=2)
+    left.margins(x=0.12)
     left.set_yticks(list(places), [row["contender"] for row in rows], fontsize=8)
     left.set_xlabel("ms a step and restart (best of the repeats)")
     clients = [row for row in found["clients"] if "clients_per_hour" in row]
@@ -145,6 +160,7 @@ def _speed(found: dict[str, Any]) -> Any:
         [str(row["clients"]) for row in clients], [row["clients_per_hour"] for row in clients]
     )
     right.bar_label(bars, fmt="%.0f", fontsize=8)
+    right.margins(y=0.12)
     right.set(xlabel="clients attacked together", ylabel="clients an hour (300 steps each)")
     figure.tight_layout()
     return figure
