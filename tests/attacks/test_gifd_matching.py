@@ -24,9 +24,7 @@ LABELS, OTHERS = np.array([0, 3]), np.array([1, 2])
 def _victim(name) -> Victim:
     common = {"input_shape": (6, 6, 3), "num_classes": 4}
     if name == "resnet":
-        return make_victim(
-            "resnet", **common, widths=(3, 4), strides=(1, 2), norm="batch", head="pool"
-        )
+        return make_victim("resnet", **common, widths=(3,), strides=(2,), norm="batch", head="pool")
     if name == "mlp":
         return make_victim("mlp", **common, widths=(5,))
     return make_victim(
@@ -41,14 +39,17 @@ def _wide(tree):
 @functools.cache
 def _observation(name, **threat) -> Observation:
     victim = _victim(name)
-    params = _wide(victim.init(jax.random.key(0)))
+    params = _wide(jax.jit(victim.init)(jax.random.key(0)))
     model = ThreatModel(server="honest_but_curious", num_examples=BATCH, **threat)
-    update = simulated_update(victim, params, _inputs(7), jnp.asarray(LABELS), model)
+    update = _update(victim, params, _inputs(7), jnp.asarray(LABELS), model)
     return Observation(update=update, params=params, victim=victim, threat_model=model)
 
 
 def _inputs(seed):
     return jax.random.normal(jax.random.key(seed), (BATCH, 6, 6, 3), jnp.float64)
+
+
+_update = jax.jit(simulated_update, static_argnums=(0, 4))
 
 
 def _masks(observation):
@@ -113,7 +114,7 @@ def test_its_cotangent_is_the_cosines_closed_form():
     observation = _observation("lenet")
     problem = gifd.make_matching(observation, OTHERS)
     victim, params = problem.victim, problem.params
-    g = simulated_update(victim, params, _inputs(8), problem.labels, problem.threat_model)
+    g = _update(victim, params, _inputs(8), problem.labels, problem.threat_model)
 
     def dot(a, b):
         return sum(map(jnp.vdot, jax.tree.leaves(a), jax.tree.leaves(b)))
@@ -125,8 +126,8 @@ def test_its_cotangent_is_the_cosines_closed_form():
     def along(x):
         return jax.jvp(lambda p: victim.loss_of_inputs(p, x, problem.labels), (params,), (v,))[1]
 
-    found = jax.grad(functools.partial(gifd.matching_distance, problem))(_inputs(8))
-    np.testing.assert_allclose(found, jax.grad(along)(_inputs(8)), atol=1e-13)
+    found = jax.jit(jax.grad(functools.partial(gifd.matching_distance, problem)))(_inputs(8))
+    np.testing.assert_allclose(found, jax.jit(jax.grad(along))(_inputs(8)), atol=1e-13)
 
 
 def test_the_clients_own_images_are_at_distance_zero_and_others_are_not():
@@ -136,27 +137,25 @@ def test_the_clients_own_images_are_at_distance_zero_and_others_are_not():
 
 
 def test_searches_vmap_with_one_client_or_many():
-    first, second = (
-        gifd.make_matching(_observation("lenet"), labels) for labels in (LABELS, OTHERS)
-    )
-    second = dataclasses.replace(second, update=jax.tree.map(lambda g: 2 * g + 0.01, second.update))
-    second = gifd.make_matching(
-        dataclasses.replace(_observation("lenet"), update=second.update), OTHERS
-    )
+    observation = _observation("lenet")
+    other = jax.tree.map(lambda g: 2 * g + 0.01, observation.update)
+    first = gifd.make_matching(observation, LABELS)
+    second = gifd.make_matching(dataclasses.replace(observation, update=other), OTHERS)
     points = jnp.stack([_inputs(8), _inputs(9)])
 
     def both(problem, x):
         return jax.value_and_grad(functools.partial(gifd.matching_distance, problem))(x)
 
     run = jax.jit(lambda problem, points: vmapped(problem, both, points))
-    shared, stacked = run(first, points), run(stack([first, second]), points)
+    single = jax.jit(both)
+    stacked = run(stack([first, second]), points)
     for i, problem in enumerate((first, second)):
-        wanted = both(problem, points[i])
-        for a, b in zip(wanted, stacked, strict=True):
-            np.testing.assert_allclose(b[i], a, atol=1e-12)
-        alone = run(stack([problem]), points[i : i + 1])
-        np.testing.assert_allclose(alone[1][0], wanted[1], atol=1e-12)
-    np.testing.assert_allclose(shared[1][1], both(first, points[1])[1], atol=1e-12)
+        for wanted, found in zip(single(problem, points[i]), stacked, strict=True):
+            np.testing.assert_allclose(found[i], wanted, atol=1e-12)
+    alone = run(stack([second]), points[1:])
+    np.testing.assert_allclose(alone[1][0], stacked[1][1], atol=1e-12)
+    shared = run(first, points)
+    np.testing.assert_allclose(shared[1][1], single(first, points[1])[1], atol=1e-12)
 
 
 def test_what_cannot_be_matched_is_refused():

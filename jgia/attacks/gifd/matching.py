@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,7 @@ def matching_distance(problem: Matching, inputs: Array) -> Array:
     """
     if problem.threat_model.protocol == "fedavg" and replayed(problem.threat_model):
         return _compared(problem, _update(problem, inputs))
-    return _matched(problem, inputs)
+    return _matched(*_split(problem), inputs)
 
 
 def _update(problem: Matching, inputs: Array) -> PyTree:
@@ -217,19 +218,29 @@ def _compared(problem: Matching, update: PyTree) -> Array:
     )
 
 
-@jax.custom_vjp
-def _matched(problem: Matching, inputs: Array) -> Array:
+class _Statics(NamedTuple):
+    victim: Victim
+    threat_model: ThreatModel
+    distance: DistanceName
+    vmapped: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _matched(statics: _Statics, arrays: PyTree, inputs: Array) -> Array:
+    problem = _problem(statics, arrays)
     return _compared(problem, _update(problem, inputs))
 
 
-def _forward(problem: Matching, inputs: Array) -> tuple[Array, tuple[Matching, Array, PyTree]]:
+def _forward(statics: _Statics, arrays: PyTree, inputs: Array) -> tuple[Array, Any]:
+    problem = _problem(statics, arrays)
     update = _update(problem, inputs)
     value, direction = jax.value_and_grad(lambda update: _compared(problem, update))(update)
-    return value, (problem, inputs, direction)
+    return value, (arrays, inputs, direction)
 
 
-def _backward(kept: tuple[Matching, Array, PyTree], seed: Array) -> tuple[None, Array]:
-    problem, inputs, direction = kept
+def _backward(statics: _Statics, kept: Any, seed: Array) -> tuple[None, Array]:
+    arrays, inputs, direction = kept
+    problem = _problem(statics, arrays)
     if problem.threat_model.protocol == "fedavg":  # its update is minus the gradient
         direction = jax.tree.map(jnp.negative, direction)
 
@@ -246,3 +257,26 @@ def _backward(kept: tuple[Matching, Array, PyTree], seed: Array) -> tuple[None, 
 
 
 _matched.defvjp(_forward, _backward)
+
+
+def _split(problem: Matching) -> tuple[_Statics, PyTree]:
+    """What is hashable of a problem, and its arrays in plain containers."""
+    statics = _Statics(problem.victim, problem.threat_model, problem.distance, problem.vmapped)
+    transform = dict(problem.transform.masks), problem.transform.bound
+    known = problem.target_square
+    return statics, (problem.update, problem.params, problem.labels, transform, known)
+
+
+def _problem(statics: _Statics, arrays: PyTree) -> Matching:
+    update, params, labels, (masks, bound), target_square = arrays
+    return Matching(
+        update=update,
+        params=params,
+        labels=labels,
+        transform=Transform(masks, bound),
+        target_square=target_square,
+        victim=statics.victim,
+        threat_model=statics.threat_model,
+        distance=statics.distance,
+        vmapped=statics.vmapped,
+    )

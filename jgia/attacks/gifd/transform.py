@@ -18,7 +18,7 @@ PyTree = Any
 
 _NOTABLE = 0.01  # share of zeros that whole rows and columns do not explain
 _GAP = 4.0  # of the 10 % quantile of what is left to the smallest of it
-_FEWEST = 64  # entries of an array that can tell
+_FEWEST = 256  # entries of an array that can tell: of fewer, the smallest may not be small
 
 
 @jax.tree_util.register_dataclass
@@ -76,7 +76,8 @@ def estimate_transform(
     Edge cases:
       Units behind a ReLU that no example activates have zero rows too, in the client's and in the
       attacker's update alike. They are told apart as above and left: comparing zeros with zeros is
-      evidence. Masking them would be harmless, and is what happens under sparsification. Where
+      evidence. Where less than about 3 % of the entries were removed nothing is seen, and nothing
+      is lost. Masking them would be harmless, and is what happens under sparsification. Where
       features are not units of the layer before (a flattened map), zero rows cannot be told from
       dead ones, and are masked.
 

@@ -1,0 +1,303 @@
+"""GIAS and GGL on an 8 px generator, against what a plain computation says."""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jgia.attacks import gifd
+from jgia.attacks.gifd.ggl import _settings as ggl_settings
+from jgia.attacks.gifd.ggl import attack_ggl
+from jgia.attacks.gifd.ggl_space import Basis, Space, evaluate
+from jgia.attacks.gifd.gias import Reweighted, attack_gias, step_rates
+from jgia.attacks.gifd.stages import make_stage
+from jgia.config import ClientConfig
+from jgia.config.gifd_baselines import GglOptions, GiasOptions
+from jgia.federated import client_update
+from jgia.generators.stylegan2 import StyleGAN2
+from jgia.models import make_victim
+from jgia.observation import Status
+
+
+def _tiny():
+    name = "jgia_tiny_generator_baselines"
+    path = Path(__file__).with_name("tiny_generator.py")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+PRIOR = _tiny().make_prior()
+GENERATOR = PRIOR.generator
+VICTIM = make_victim("mlp", input_shape=(8, 8, 3), num_classes=3, widths=(16,))
+PARAMS = VICTIM.init(jax.random.key(0))
+GIAS = GiasOptions(gias_latent_steps=40, gias_weight_steps=60, gias_restarts=1)
+GGL = GglOptions(ggl_population=20, ggl_rounds=60, ggl_tanh=False)
+
+
+def _side(seed, num_images=1):
+    return GENERATOR.draw(PRIOR.params, jax.random.key(seed), num_images)
+
+
+def _images(side, params=None):
+    params = PRIOR.params if params is None else params
+    state = GENERATOR.run(params, side, None)
+    return np.asarray((GENERATOR.image(params, side, state) + 1) / 2)
+
+
+def _update(images, labels, config=None):
+    return client_update(
+        jax.random.key(1), VICTIM, PARAMS, images, np.array(labels), config or ClientConfig()
+    )
+
+
+def _observe(images, labels=(1,)):
+    seen = _update(images, labels)
+    threat = dataclasses.replace(
+        seen.threat_model, server="honest_but_curious", labels=tuple(labels)
+    )
+    return dataclasses.replace(seen, threat_model=threat)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """An update of two images of the generator's."""
+    return _observe(_images(_side(5, 2)), (1, 2))
+
+
+@pytest.fixture(scope="module")
+def gias(two):
+    return attack_gias(jax.random.key(3), two, PRIOR, options=GIAS)
+
+
+def test_weights_come_closer_than_latent_codes(gias):
+    (latent,), (weights,) = gias.stats["stage_distances"]
+    assert weights < 0.6 * latent
+    assert gias.stats["stage_names"] == ["latent codes", "generator weights"]
+    assert gias.stats["stage"] == 1
+    assert gias.stats["stage_steps"] == [40, 60]
+    assert not gias.stats["stopped_early"]
+    assert gias.statuses == (Status.MATCHED,) * 2
+    assert list(gias.labels) == [1, 2]
+    np.testing.assert_allclose(-gias.scores, weights)
+    np.testing.assert_array_equal(gias.history.frames[-1], gias.images)
+    assert gias.history.frame_steps.tolist() == [40, 100]
+
+
+def test_the_distance_reported_is_that_of_the_images_returned(gias, two):
+    own, wanted = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(seen.update)])
+        for seen in (_update(gias.images, (1, 2)), two)
+    )
+    cosine = own @ wanted / np.linalg.norm(own) / np.linalg.norm(wanted)
+    np.testing.assert_allclose(-gias.scores[0], 1 - cosine, rtol=1e-4)
+
+
+def test_gias_starts_where_gifd_does(gias, two):
+    settings = gifd.Settings(
+        last_stage=0, num_steps=1, restarts=1, search="features_styles", radius_mode="none",
+        image_l2=0.0,
+    )  # fmt: skip
+    other = gifd.attack(jax.random.key(3), two, PRIOR, options=settings)
+    first = [found.stats["stage_curves"][0]["losses"][0][0] for found in (gias, other)]
+    assert first[0] == first[1]
+
+
+def test_the_same_key_gives_the_same_bits_and_the_prior_stays(gias, two):
+    before = jax.tree.map(np.array, PRIOR.params)
+    again = attack_gias(jax.random.key(3), two, PRIOR, options=GIAS)
+    np.testing.assert_array_equal(gias.images, again.images)
+    jax.tree.map(np.testing.assert_array_equal, before, PRIOR.params)
+
+
+def test_time_ends_both_phases(two):
+    told = []
+    options = dataclasses.replace(GIAS, gias_budget_seconds=1e-6)
+    found = attack_gias(
+        jax.random.key(3), two, PRIOR, options=options, progress=lambda *args: told.append(args)
+    )
+    assert found.stats["stopped_early"]
+    assert found.stats["stage_steps"] == [5, 5]
+    assert [(done, total) for done, total, _ in told] == [(5, 100), (45, 100)]
+
+
+def test_numbers_that_are_not_finite_end_one_restart_only(two):
+    start = jax.tree.map(lambda *leaves: jnp.stack(leaves), _side(1, 2), _side(2, 2))
+    start["styles"] = start["styles"].at[0].set(np.nan)
+    options = dataclasses.replace(GIAS, gias_latent_steps=3, gias_weight_steps=3, gias_restarts=2)
+    found = attack_gias(jax.random.key(3), two, PRIOR, options=options, start_side=start)
+    assert found.stats["nonfinite_restarts"] == [0]
+    assert found.stats["restart"] == 1
+    assert np.isfinite(found.images).all()
+
+
+def test_images_with_generators_of_their_own(two):
+    options = dataclasses.replace(
+        GIAS, gias_copies="image", gias_latent_steps=2, gias_weight_steps=20
+    )
+    found = attack_gias(jax.random.key(3), two, PRIOR, options=options)
+    (latent,), (weights,) = found.stats["stage_distances"]
+    assert weights < latent
+
+
+def test_weights_as_side_inputs_make_the_same_images():
+    side, other = _side(4, 2), GENERATOR.init(jax.random.key(8))
+    wrapped = Reweighted(GENERATOR)
+
+    def images(weights):
+        given = {"weights": weights, "latents": side}
+        return np.asarray(wrapped.image((), given, wrapped.run((), given, None)))
+
+    shared = images(jax.tree.map(lambda leaf: leaf[None], PRIOR.params))
+    np.testing.assert_allclose((shared + 1) / 2, _images(side), atol=1e-6)
+    own = images(jax.tree.map(lambda *leaves: jnp.stack(leaves), PRIOR.params, other))
+    np.testing.assert_allclose((own[0] + 1) / 2, _images(side)[0], atol=1e-6)
+    np.testing.assert_allclose((own[1] + 1) / 2, _images(side, other)[1], atol=1e-6)
+    with pytest.raises(ValueError, match="entered at 0"):
+        wrapped.run((), {}, None, start=1)
+
+
+def test_rates_fall_three_times():
+    rates = step_rates(np.arange(8) / 8, 0.03)
+    np.testing.assert_allclose(rates, 0.03 * np.array([1, 1, 1, 0.1, 0.1, 0.01, 0.01, 0.001]))
+
+
+class _RandomSearch:
+    """As many candidates as CMA-ES draws, all from the first distribution."""
+
+    def __init__(self, mean, sigma, population_size, seed):
+        del population_size
+        self.rng, self.mean, self.sigma = np.random.default_rng(seed), mean, sigma
+
+    def ask(self):
+        return self.mean + self.sigma * self.rng.normal(size=self.mean.shape)
+
+    def tell(self, solutions):
+        assert all(math.isfinite(value) for _, value in solutions)
+
+    def should_stop(self):
+        return False
+
+
+@pytest.fixture(scope="module")
+def planted():
+    """An image of the generator's, and the noise maps that made it."""
+    side = _side(11)
+    return _observe(_images(side)), jax.tree.map(lambda leaf: leaf[None], side), _images(side)
+
+
+def test_ggl_finds_a_planted_image_where_random_search_does_not(planted, monkeypatch):
+    observation, start, truth = planted
+    found = attack_ggl(jax.random.key(3), observation, PRIOR, options=GGL, start_side=start)
+    again = attack_ggl(jax.random.key(3), observation, PRIOR, options=GGL, start_side=start)
+    monkeypatch.setitem(sys.modules, "cmaes", types.SimpleNamespace(CMA=_RandomSearch))
+    random = attack_ggl(jax.random.key(3), observation, PRIOR, options=GGL, start_side=start)
+    np.testing.assert_array_equal(found.images, again.images)
+    assert found.stats["evaluations"] == random.stats["evaluations"] == 1200
+    assert found.stats["space"] == "side"
+    assert found.scores[0] > 0.2 * random.scores[0]
+    errors = [np.mean((result.images - truth) ** 2) for result in (found, random)]
+    assert errors[0] < 0.3 * errors[1]
+    # What is reported is a plain sum of squares.
+    own, wanted = (seen.update for seen in (_update(found.images, (1,)), observation))
+    squares = jax.tree.map(lambda a, b: np.sum((np.asarray(a) - b) ** 2), own, wanted)
+    np.testing.assert_allclose(-found.scores[0], sum(jax.tree.leaves(squares)), rtol=1e-3)
+    assert found.history.frame_steps[-1] == 60
+    np.testing.assert_array_equal(found.history.frames[-1], found.images)
+    assert found.stats["cosine_distance"] < random.stats["cosine_distance"]
+
+
+def test_ggl_reads_what_was_removed_off_the_update(planted):
+    observation, start, _ = planted
+    kept = jax.tree.map(lambda leaf: leaf * (abs(leaf) > jnp.median(abs(leaf))), observation.update)
+    options = dataclasses.replace(GGL, ggl_rounds=1, ggl_replay="all")
+    observation = dataclasses.replace(observation, update=kept)
+    found = attack_ggl(jax.random.key(3), observation, PRIOR, options=options, start_side=start)
+    assert "zero and masked" in found.stats["transform"]["found"]
+    assert "lengths are bounded" in found.stats["transform"]["found"]
+
+
+def test_time_ends_ggl(planted):
+    options = dataclasses.replace(GGL, ggl_budget_seconds=1e-6, ggl_restarts=2)
+    found = attack_ggl(jax.random.key(3), planted[0], PRIOR, options=options)
+    assert found.stats["stopped_early"]
+    assert found.stats["stage_steps"] == [1]
+    assert found.stats["evaluations"] == 40
+
+
+def test_ggl_searches_the_vector_before_a_mapping_network():
+    """Pixels and loss of a population against the generator and NumPy, candidate by candidate."""
+    generator = StyleGAN2(
+        resolution=8, base=32, max_features=4, latent_dim=6, style_dim=5, mapping_layers=1
+    )
+    params = generator.init(jax.random.key(0))
+    side = generator.draw(params, jax.random.key(1), 2)
+    options = GglOptions(ggl_distance="cosine", ggl_kld=0.1, ggl_population=3, ggl_rounds=2)
+    stage = make_stage(generator, 0, side, ggl_settings(options), 1)
+    space = Space(stage, True, ((2, 6),), True, 0.1, 1)
+    vectors = np.random.default_rng(0).normal(size=(3, 12)).astype(np.float32)
+    observation = _observe(_images(_side(5, 2)), (1, 2))
+    matching = gifd.make_matching(observation, [1, 2])
+    basis = Basis(jax.tree.leaves(side), None, [], [])
+    losses, fits, pixels = evaluate(space, params, matching, basis, jnp.asarray(vectors))
+
+    def image(latents):
+        styles = generator.broadcast(generator.map(params, latents))
+        seen = {**side, "styles": styles}
+        return generator.image(params, seen, generator.run(params, seen, None))
+
+    latents = np.tanh(vectors).reshape(3, 2, 6)
+    expected = np.stack([np.clip((image(jnp.asarray(z)) + 1) / 2, 0, 1) for z in latents])
+    np.testing.assert_allclose(pixels, expected, atol=1e-5)
+    mean, variance = latents.mean(axis=2), latents.var(axis=2)
+    divergence = -0.5 * (1 + np.log(variance) - mean**2 - variance)
+    np.testing.assert_allclose(losses - fits, 0.1 * divergence.mean(axis=1), rtol=1e-3)
+
+    prior = types.SimpleNamespace(name="small", generator=generator, params=params)
+    found = attack_ggl(jax.random.key(3), observation, prior, options=options)
+    assert found.stats["space"] == "latent"
+    assert found.images.shape == (2, 8, 8, 3)
+
+
+def test_a_missing_package_is_named(planted, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    with pytest.raises(ImportError, match=r"pip install \"jgia\[ggl\]\""):
+        attack_ggl(jax.random.key(3), planted[0], PRIOR, options=GGL)
+
+
+def test_what_does_not_fit_is_refused(planted):
+    options = dataclasses.replace(GGL, ggl_space="latent")
+    with pytest.raises(ValueError, match="mapping network"):
+        attack_ggl(jax.random.key(3), planted[0], PRIOR, options=options)
+    for attack in (attack_gias, attack_ggl):
+        with pytest.raises(ValueError, match="not conditional"):
+            attack(jax.random.key(3), planted[0], PRIOR, generator_labels=np.array([0]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (GiasOptions, {"gias_weight_steps": 0}),
+        (GiasOptions, {"gias_weight_rate": -1.0}),
+        (GiasOptions, {"gias_copies": "batch"}),
+        (GiasOptions, {"gias_budget_seconds": 0.0}),
+        (GglOptions, {"ggl_population": 1}),
+        (GglOptions, {"ggl_sigma": 0.0}),
+        (GglOptions, {"ggl_space": "pixels"}),
+        (GglOptions, {"ggl_kld": -0.1}),
+    ],
+)
+def test_bad_options_are_refused(kind, fields):
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        kind(**fields)
