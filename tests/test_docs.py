@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
         ROOT / "benchmarks" / "README.md",
     ]
 )
-COMMANDS = {"audit", "craft", "attack", "risk", "train-victim", "sweep", "inspect"}
+COMMANDS = {"audit", "craft", "attack", "risk", "train-victim", "train-prior", "sweep", "inspect"}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
