@@ -33,7 +33,7 @@ def staged_search(
 
     Args:
       reconstruction: of any attack; ``stage_names`` among its statistics means that it searched in
-        stages, and its history then has one frame for each.
+        stages. Stages are scored where its history has one frame for each.
       originals: (N, H, W, C) true images, or ``None``.
       scores: of the images returned, whose matching every stage is scored with; ``None`` without
         true images.
@@ -45,8 +45,10 @@ def staged_search(
     if "stage_names" not in stats:
         return stats, None
     rest = {name: value for name, value in stats.items() if name not in _MOVED}
+    names, history = stats["stage_names"], reconstruction.history
+    frames = np.zeros(0) if history is None else np.asarray(history.frames)
     stages = []
-    for k, name in enumerate(stats["stage_names"]):
+    for k, name in enumerate(names):
         curves = stats["stage_curves"][k]
         stage = {
             "searched": name,
@@ -56,9 +58,8 @@ def staged_search(
             "curve_steps": curves["steps"],
             "curve_losses": curves["losses"],
         }
-        if originals is not None and scores is not None and reconstruction.history is not None:
-            frame = np.asarray(reconstruction.history.frames[k])
-            stage["psnr"] = _scored(frame, originals, scores["matching"])
+        if originals is not None and scores is not None and len(frames) == len(names):
+            stage["psnr"] = _scored(frames[k], originals, scores["matching"])
         stages.append(stage)
     settings = stats["settings"]
     return rest, {
@@ -66,11 +67,16 @@ def staged_search(
         "stage": stats["stage"],
         "restart": stats["restart"],
         "why": stats["why"],
-        "budget_steps": settings["budget_steps"],
-        "budget_seconds": settings["budget_seconds"],
+        "budget_steps": _limit(settings, "budget_steps"),
+        "budget_seconds": _limit(settings, "budget_seconds"),
         "stopped_early": stats["stopped_early"],
         "stages": stages,
     }
+
+
+def _limit(settings: Mapping[str, Any], name: str) -> Any:
+    """A setting that some attacks call ``budget_steps``, others ``gias_budget_steps``."""
+    return next((value for key, value in settings.items() if key.endswith(name)), None)
 
 
 def _scored(

@@ -13,10 +13,14 @@ import numpy as np
 from jgia._clock import StageClock
 from jgia.attacks import analytic, ares, gauss_newton, gifd, gradient_matching, imprint
 from jgia.attacks.gifd.attack import _check_prior
+from jgia.attacks.gifd.ggl import attack_ggl
+from jgia.attacks.gifd.gias import attack_gias
+from jgia.attacks.gifd.label_mapping import attack_with_label_mapping
 from jgia.config import AttackConfig, AttackName, AuditConfig, ClientConfig
 from jgia.generators.prior import Prior, bundled_priors, load_prior
 from jgia.models import Victim
 from jgia.observation import Observation, Reconstruction
+from jgia.training import load_victim
 
 PyTree = Any
 
@@ -215,36 +219,57 @@ def _attack_gauss_newton(key: jax.Array, job: Job) -> Reconstruction:
 def _fits_gifd(prior: Prior, victim: Victim, options: Options) -> None:
     _check_prior(prior.generator, victim)
     gifd.settings(options.gifd, generator=prior.generator)
+    if (folder := options.mapping.mapping_classifier) is not None:
+        if not prior.generator.num_classes:
+            raise ValueError(
+                "--mapping-classifier maps labels to classes of a conditional prior, and this one "
+                "has none; leave it out."
+            )
+        load_victim(folder)
+
+
+def _fits_baseline(name: str, prior: Prior, victim: Victim, options: Options) -> None:
+    _check_prior(prior.generator, victim)
+    for option in ("checkpoint", "dump"):
+        if getattr(options.run, option) is not None:
+            raise ValueError(f"{name} keeps nothing on its way; leave out --{option}.")
+    if options.mapping.mapping_classifier is not None:
+        raise ValueError(f"{name} maps no labels; leave out --mapping-classifier.")
 
 
 def _attack_gifd(key: jax.Array, job: Job) -> Reconstruction:
-    prior = _prior(job)
-    chosen = gifd.settings(job.options.gifd, generator=prior.generator)
-    ends = np.cumsum([chosen.steps_of(k) for k in range(chosen.last_stage + 1)])
-
-    def follow(done: int, steps: int, loss: float) -> None:
-        stage = min(int(np.searchsorted(ends, done)), chosen.last_stage)
-        job.report(
-            f"searching, stage {stage} of 0 to {chosen.last_stage}, loss {loss:.3g}", done, steps
+    mapping = job.options.mapping
+    attack: Callable[..., Reconstruction] = gifd.attack
+    if mapping.mapping_classifier is not None:
+        classifier, params = load_victim(mapping.mapping_classifier)
+        attack = functools.partial(
+            attack_with_label_mapping,
+            classifier=classifier,
+            classifier_params=params,
+            coarse_steps=mapping.mapping_coarse_steps,
+            candidates=mapping.mapping_candidates,
         )
-
-    job.report("searching", 0, int(ends[-1]))
-    with job.clock.stage("search_s"):
-        return gifd.attack(
-            key,
-            job.observation,
-            prior,
-            options=job.options.gifd,
-            performance=job.options.performance,
-            run_options=job.options.run,
-            progress=follow,
-        )
+    attack = functools.partial(attack, run_options=job.options.run)
+    return _search_prior(attack, job.options.gifd, key, job)
 
 
-def _prior(job: Job) -> Prior:
+def _search_prior(
+    attack: Callable[..., Reconstruction], options: Any, key: jax.Array, job: Job
+) -> Reconstruction:
     if job.prior is None:
         raise ValueError("this attack searches a generator, and the job brings none.")
-    return job.prior
+    job.report("searching", 0, 1)
+    with job.clock.stage("search_s"):
+        return attack(
+            key,
+            job.observation,
+            job.prior,
+            options=options,
+            performance=job.options.performance,
+            progress=lambda done, steps, loss: job.report(
+                f"searching, loss {loss:.3g}", done, steps
+            ),
+        )
 
 
 def _imprint(module: ModuleType) -> Method:
@@ -277,5 +302,19 @@ _METHODS: dict[str, Method] = {
     "see_through": _matching("see_through"),
     "gauss_newton": Method("honest_but_curious", lambda victim: None, None, _attack_gauss_newton),
     "gifd": Method("honest_but_curious", lambda victim: None, None, _attack_gifd, fits=_fits_gifd),
+    "gias": Method(
+        "honest_but_curious",
+        lambda victim: None,
+        None,
+        lambda key, job: _search_prior(attack_gias, job.options.gias, key, job),
+        fits=functools.partial(_fits_baseline, "gias"),
+    ),
+    "ggl": Method(
+        "honest_but_curious",
+        lambda victim: None,
+        None,
+        lambda key, job: _search_prior(attack_ggl, job.options.ggl, key, job),
+        fits=functools.partial(_fits_baseline, "ggl"),
+    ),
     "analytic": Method("honest_but_curious", analytic.check, None, _attack_analytic),
 }

@@ -7,6 +7,7 @@ from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig, DefenseName
 from jgia.config.gauss_newton import GaussNewtonOptions
 from jgia.config.gifd import GifdOptions
+from jgia.config.gifd_baselines import GglOptions, GiasOptions, LabelMappingOptions
 from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
@@ -30,10 +31,13 @@ __all__ = [
     "FirstLayer",
     "FrontEnd",
     "GaussNewtonOptions",
+    "GglOptions",
+    "GiasOptions",
     "GifdOptions",
     "ImprintOptions",
     "Inversion",
     "KnowledgeConfig",
+    "LabelMappingOptions",
     "MatchingOptions",
     "ModelConfig",
     "ModelName",

@@ -13,6 +13,7 @@ from jgia.config.data import DataConfig
 from jgia.config.defense import DefenseConfig
 from jgia.config.gauss_newton import GaussNewtonOptions
 from jgia.config.gifd import GifdOptions
+from jgia.config.gifd_baselines import GglOptions, GiasOptions, LabelMappingOptions
 from jgia.config.gradient_matching import MatchingOptions, RunOptions
 from jgia.config.imprint import ImprintOptions
 from jgia.config.knowledge import KnowledgeConfig
@@ -33,6 +34,8 @@ AttackName = Literal[
     "inverting_gradients",
     "see_through",
     "gifd",
+    "gias",
+    "ggl",
 ]
 
 
@@ -50,6 +53,9 @@ class AuditConfig:
     matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
     gauss_newton: GaussNewtonOptions = dataclasses.field(default_factory=GaussNewtonOptions)
     gifd: GifdOptions = dataclasses.field(default_factory=GifdOptions)
+    mapping: LabelMappingOptions = dataclasses.field(default_factory=LabelMappingOptions)
+    gias: GiasOptions = dataclasses.field(default_factory=GiasOptions)
+    ggl: GglOptions = dataclasses.field(default_factory=GglOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
     risk: AuditRiskOptions = dataclasses.field(default_factory=AuditRiskOptions)
@@ -60,11 +66,11 @@ class AuditConfig:
     (`--model mlp`), `loki` (`--model cnn`). An honest but curious one: `analytic` (exact, layer by
     layer), `gauss_newton` (most probable under the noise and a prior from public images),
     gradient matching: `dlg`, `idlg`, `inverting_gradients`, `see_through`, or with a generator that
-    knows such images (`--prior`): `gifd`."""
+    knows such images (`--prior`): `gifd`, or `gias` and `ggl` before it."""
 
     prior: str | None = None
-    """The generator that `gifd` searches: the name of a bundled prior, or a folder written by
-    `jgia train-prior` on other images than the client's."""
+    """The generator that `gifd`, `gias` and `ggl` search: the name of a bundled prior, or a folder
+    written by `jgia train-prior` on other images than the client's."""
 
     trained: Path | None = None
     """Attack what honest training sends: a folder written by `jgia train-victim`, instead of
@@ -164,8 +170,8 @@ class AttackConfig:
     some."""
 
     prior: str | None = None
-    """The generator that `gifd` searches: the name of a bundled prior, or a folder written by
-    `jgia train-prior`."""
+    """The generator that `gifd`, `gias` and `ggl` search: the name of a bundled prior, or a folder
+    written by `jgia train-prior`."""
 
     truth: str | None = None
     """Data specification of the client's images, if they are known, to score against."""
@@ -175,6 +181,9 @@ class AttackConfig:
     matching: MatchingOptions = dataclasses.field(default_factory=MatchingOptions)
     gauss_newton: GaussNewtonOptions = dataclasses.field(default_factory=GaussNewtonOptions)
     gifd: GifdOptions = dataclasses.field(default_factory=GifdOptions)
+    mapping: LabelMappingOptions = dataclasses.field(default_factory=LabelMappingOptions)
+    gias: GiasOptions = dataclasses.field(default_factory=GiasOptions)
+    ggl: GglOptions = dataclasses.field(default_factory=GglOptions)
     run: RunOptions = dataclasses.field(default_factory=RunOptions)
     performance: PerformanceFlags = dataclasses.field(default_factory=PerformanceFlags)
 

@@ -17,7 +17,7 @@ from jgia.report.records import HEADLINE_DB, LEVELS, THRESHOLDS, Number
 from jgia.report.risk import risk_section
 from jgia.report.schema import validate_result
 from jgia.report.search import SearchHistory, search_section
-from jgia.report.stages import stages_section
+from jgia.report.stages import shows_stages, stages_section
 
 _TIMING_NAMES = {
     "setup_s": "Setup (data, crafted parameters)",
@@ -76,7 +76,7 @@ def render_html(
             _threat_model(result),
             image_section(result, originals, aligned, statuses, labels),
             stages_section(result, originals, history, labels),
-            search_section(history, staged="staged_search" in result),
+            search_section(history, staged=shows_stages(result, history)),
             _scores(result),
             risk_section(result.get("risk"), originals, pixel_errors),
             _candidates(result),

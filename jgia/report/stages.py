@@ -35,11 +35,11 @@ def stages_section(
     search = result.get("staged_search")
     if search is None:
         return Html("")
-    first = (
-        f"{result['attack']['name']} searched the generator {search['prior']} stage by stage: its "
-        "latent codes first, then what enters later blocks, each stage from where the one before "
-        f"ended. Returned: {search['why']}. The choice knows distances alone, never the originals."
-    )
+    names = ", ".join(stage["searched"] for stage in search["stages"])
+    first = f"{result['attack']['name']} searched the generator {search['prior']}: {names}"
+    if len(search["stages"]) > 1:
+        first += "; each stage from where the one before ended"
+    first += f". Returned: {search['why']}. The choice knows distances alone, never the originals."
     parts = [
         element("p", first),
         element("div", definitions(_facts(search)), class_="facts"),
@@ -48,6 +48,12 @@ def stages_section(
         _film(result, search, originals, history, labels),
     ]
     return section("Stages", *parts, id_="stages")
+
+
+def shows_stages(result: Mapping[str, Any], history: SearchHistory | None) -> bool:
+    """Whether there is one image of every stage to show."""
+    stages = result.get("staged_search", {}).get("stages")
+    return stages is not None and history is not None and len(history.frames) == len(stages)
 
 
 def _facts(search: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -123,7 +129,7 @@ def _film(
     labels: Sequence[str] | None,
 ) -> Html:
     """One row for each returned image: the original, then the image of every stage."""
-    if history is None or len(history.frames) != len(search["stages"]):
+    if history is None or not shows_stages(result, history):
         return Html("")
     rows = _rows(result, history.frames.shape[1])
     shown = rows[:_IMAGES_SHOWN]
@@ -140,7 +146,7 @@ def _film(
         name = f"image {true + 1}"
         cells = []
         if tops:
-            cells.append(_cell(addresses[row], f"Original {name}", "original"))
+            cells.append(_cell(addresses[row], f"Original {name}", ""))
         for k, stage in enumerate(search["stages"]):
             caption = words.decibel(stage["psnr"][true]) if "psnr" in stage else ""
             address = addresses[len(tops) + row * count + k]

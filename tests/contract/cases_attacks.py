@@ -5,14 +5,27 @@ A package in ``jgia/attacks`` without a case here fails the contract test.
 
 import dataclasses
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jgia.attacks import analytic, ares, gauss_newton, gradient_matching, imprint
-from jgia.config import AresOptions, GaussNewtonOptions, MatchingOptions, PerformanceFlags
+from jgia.attacks import analytic, ares, gauss_newton, gifd, gradient_matching, imprint
+from jgia.attacks.gifd.ggl import attack_ggl
+from jgia.attacks.gifd.gias import attack_gias
+from jgia.config import (
+    AresOptions,
+    GaussNewtonOptions,
+    GglOptions,
+    GiasOptions,
+    GifdOptions,
+    MatchingOptions,
+    PerformanceFlags,
+)
 from jgia.data import load_dataset
 from jgia.federated import client_update
 from jgia.models import make_victim
@@ -85,9 +98,9 @@ def _imprint_case(method: str, model: str) -> AttackCase:
 
 
 @functools.cache
-def _observe_honest() -> Observation:
-    images = np.random.default_rng(0).uniform(size=(1, 6, 6, 1)).astype(np.float32)
-    victim = make_victim("mlp", input_shape=(6, 6, 1), num_classes=3, widths=(8,))
+def _observe_honest(side: int = 6) -> Observation:
+    images = np.random.default_rng(0).uniform(size=(1, side, side, 1)).astype(np.float32)
+    victim = make_victim("mlp", input_shape=(side, side, 1), num_classes=3, widths=(8,))
     params = victim.init(jax.random.key(0))
     observation = client_update(jax.random.key(1), victim, params, images, np.array([1]))
     threat = dataclasses.replace(observation.threat_model, server="honest_but_curious")
@@ -119,6 +132,44 @@ def _gauss_newton(key: Any, observation: Observation) -> Reconstruction:
     )
 
 
+@functools.cache
+def _tiny_prior() -> Any:
+    """A generator of 8 x 8 gray images."""
+    path = Path(__file__).resolve().parents[1] / "attacks" / "tiny_generator.py"
+    spec = importlib.util.spec_from_file_location("contract_tiny_generator", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module.make_prior(channels=1)
+
+
+def _gifd(key: Any, observation: Observation) -> Reconstruction:
+    options = GifdOptions(gifd_steps=2, gifd_restarts=2, last_stage=1)
+    return gifd.attack(key, observation, _tiny_prior(), options=options, num_examples=1)
+
+
+def _gias(key: Any, observation: Observation) -> Reconstruction:
+    options = GiasOptions(gias_latent_steps=2, gias_weight_steps=2, gias_restarts=1)
+    return attack_gias(key, observation, _tiny_prior(), options=options, num_examples=1)
+
+
+def _ggl(key: Any, observation: Observation) -> Reconstruction:
+    options = GglOptions(ggl_population=4, ggl_rounds=2)
+    return attack_ggl(key, observation, _tiny_prior(), options=options, num_examples=1)
+
+
+def _prior_case(attack: Callable[[Any, Observation], Reconstruction], variant: str) -> AttackCase:
+    return AttackCase(
+        package="gifd",
+        variant=variant,
+        attack=attack,
+        observe=functools.partial(_observe_honest, 8),
+        needs_malicious_server=False,
+    )
+
+
 NOT_ATTACKS = frozenset({"coarseness", "labels"})
 """Modules of ``jgia.attacks`` that return no images: they have tests of their own."""
 
@@ -143,6 +194,9 @@ CASES = (
         observe=_observe_honest,
         needs_malicious_server=False,
     ),
+    _prior_case(_gifd, ""),
+    _prior_case(_gias, "gias"),
+    *([_prior_case(_ggl, "ggl")] if importlib.util.find_spec("cmaes") else []),
     AttackCase(
         package="analytic",
         attack=functools.partial(analytic.attack, num_examples=1),
