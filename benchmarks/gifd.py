@@ -88,6 +88,9 @@ class Setup:
     @property
     def classifier(self) -> tuple[Victim, Any] | None:
         """Of the conditional prior's classes."""
+        if self.smoke:
+            problem = self.problem(conditional=True)
+            return problem.victim, problem.params
         return None if self.classifier_folder is None else load_victim(self.classifier_folder)
 
     def wants(self, method: str) -> bool:
@@ -170,7 +173,7 @@ def _setup(given: argparse.Namespace, folder: Path) -> Setup:
     )
     return Setup(
         prior=prior,
-        conditional_prior=given.conditional_prior,
+        conditional_prior="untrained8c" if smoke else given.conditional_prior,
         classifier_folder=given.classifier,
         victim="tiny" if smoke else given.victim,
         trained=given.trained,
@@ -202,11 +205,11 @@ def main() -> None:
     chosen = given.sections or [
         name
         for name in (*FIDELITY, *SPEED)
-        if (given.smoke or name != "device")
-        and (name != "mapping" or given.conditional_prior is not None)
+        if given.smoke
+        or (name != "device" and (name != "mapping" or given.conditional_prior is not None))
     ]
     chosen = ["device"] if given.device else chosen
-    if "mapping" in chosen and given.conditional_prior is None:
+    if "mapping" in chosen and given.conditional_prior is None and not given.smoke:
         raise SystemExit("the section mapping needs --conditional-prior.")
     with tempfile.TemporaryDirectory() as folder:
         setup = _setup(given, Path(folder))
@@ -219,9 +222,13 @@ def main() -> None:
                 "load_average_after": round(os.getloadavg()[0], 2),
                 "seconds_in_all": time.perf_counter() - begin,
             }
-            if setup.out is not None:
-                own = setup.out / f"gifd_{name}.json"
-                harness.write_json((setup.path(name) if name in FIDELITY else None) or own, content)
+            if setup.out is None:
+                continue
+            if name in SPEED:
+                harness.write_json(setup.out / f"gifd_{name}.json", content)
+            elif (path := setup.path(name)) is not None:
+                gifd_sections.write(path, content)
+                print(f"wrote {path}")
     if given.out is not None and not given.smoke:
         draw(given.out)
 

@@ -146,15 +146,18 @@ def make_problem(prior: str, victim: str, trained: str | None, data: str) -> Pro
 
     Args:
       prior: as for :func:`jgia.generators.prior.load_prior`; ``"untrained"`` for random parameters
-        of `tiny32`, ``"untrained8"`` for a tiny one of 8 pixels.
+        of `tiny32`, ``"untrained8"`` for a tiny one of 8 pixels, ``"untrained8c"`` for one of ten
+        classes.
       victim: ``"small"``, ``"resnet18"`` or ``"tiny"``.
       trained: folder of ``jgia train-victim``, instead of ``victim``.
       data: of clients.
     """
     if prior.startswith("untrained"):
         generator = StyleGAN2()
-        if prior == "untrained8":
-            generator = StyleGAN2(resolution=8, base=64, max_features=8, latent_dim=8, style_dim=8)
+        if prior.startswith("untrained8"):
+            sizes: dict[str, Any] = {"latent_dim": 8, "style_dim": 8, "max_features": 8}
+            classes = 10 if prior.endswith("c") else 0
+            generator = StyleGAN2(resolution=8, base=64, num_classes=classes, **sizes)
         params = jax.jit(generator.init)(jax.random.key(0))
         loaded = Prior(name=prior, generator=generator, params=params)
     else:

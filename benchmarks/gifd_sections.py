@@ -127,6 +127,8 @@ def mapping(setup: Setup) -> dict[str, Any]:
     methods = [Method(n, "mapping", setup.steps, {"told": t}) for n, t in told.items()]
     if setup.classifier is None:
         methods = [methods[0], methods[2]]
+    if setup.smoke:
+        methods = methods[1:2]
     found = run(setup, "mapping", [Case(method) for method in methods], conditional=True)
     found["against"] = _against(found["rows"], "classes of the victim")
     return found
@@ -188,8 +190,7 @@ def run(
             found["rows"].append(row)
             print(_line(row), flush=True)
             if path is not None:
-                text = json.dumps(found | {"machine": harness.machine()}, allow_nan=False)
-                atomic_write_bytes(path, text.encode())
+                write(path, found | {"machine": harness.machine()})
     found["summary"] = {
         name: _summary([row for row in found["rows"] if row["case"] == name], setup.restarts)
         for name in records
@@ -198,6 +199,15 @@ def run(
         if entry and any(case.name == name for case in cases):
             print(_table_line(name, entry), flush=True)
     return found
+
+
+def write(path: Path, content: dict[str, Any]) -> None:
+    """JSON as in :func:`harness.write_json`, but a row is one line."""
+    rows = ",\n  ".join(json.dumps(row, allow_nan=False) for row in content["rows"])
+    options: dict[str, Any] = {"indent": 1, "sort_keys": True, "allow_nan": False}
+    text = json.dumps(content | {"rows": "ROWS"}, **options)
+    text = text.replace('"rows": "ROWS"', f'"rows": [\n  {rows}\n ]')
+    atomic_write_bytes(path, (text + "\n").encode())
 
 
 def _kept(path: Path | None, plan: dict[str, Any]) -> dict[str, Any]:
