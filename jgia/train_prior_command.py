@@ -145,7 +145,7 @@ class _Scribe:
                 "options": options,
                 "kimg": last.kimg,
                 "seconds": last.seconds,
-                "images_per_second": last.images_per_second,
+                "images_per_second": 1000 * last.kimg / last.seconds,
                 "environment": environment(),
             },
         }
