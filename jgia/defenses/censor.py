@@ -86,11 +86,13 @@ def censor_update(
     _checks.at_least(1, num_trials=num_trials)
     _checks.positive(step_size=step_size)
 
-    def init(updates: PyTree) -> CensorState:
-        return CensorState(jnp.full((), jnp.nan, wide_dtype(updates)), jnp.full((), -1, "int32"))
+    taken_at = params
 
-    def update(updates: PyTree, state: Any, now: PyTree = None) -> tuple[PyTree, CensorState]:
-        del state, now
+    def init(params: PyTree) -> CensorState:
+        return CensorState(jnp.full((), jnp.nan, wide_dtype(params)), jnp.full((), -1, "int32"))
+
+    def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, CensorState]:
+        del state, params
         dtype = wide_dtype(updates)
         least, trial = jnp.full((), jnp.inf, dtype), jnp.zeros((), "int32")
         best = None
@@ -98,7 +100,7 @@ def censor_update(
             candidate = _orthogonal(trial_key, updates)
             moved = jax.tree.map(
                 lambda p, u: p - jnp.asarray(step_size, p.dtype) * u.astype(p.dtype),
-                params,
+                taken_at,
                 candidate,
             )
             value = jnp.asarray(loss(moved)).astype(dtype)
