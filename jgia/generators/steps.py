@@ -177,9 +177,10 @@ def train_step(
         ),
         has_aux=True,
     )(state.discriminator)
-    change, optimizer_d = networks.discriminator_optimizer().update(
-        slope, state.discriminator_optimizer
-    )
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes floats with integer counts
+        change, optimizer_d = networks.discriminator_optimizer().update(
+            slope, state.discriminator_optimizer
+        )
     state = state._replace(
         discriminator=optax.apply_updates(state.discriminator, change),
         discriminator_optimizer=optimizer_d,
@@ -191,7 +192,10 @@ def train_step(
         ),
         has_aux=True,
     )(state.generator)
-    change, optimizer_g = networks.generator_optimizer().update(slope, state.generator_optimizer)
+    with jax.numpy_dtype_promotion("standard"):
+        change, optimizer_g = networks.generator_optimizer().update(
+            slope, state.generator_optimizer
+        )
     generator = optax.apply_updates(state.generator, change)
     average = _averaged(options, state, generator)
     state = state._replace(
