@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
+_PACE_SECONDS = 600.0  # that the remaining time is estimated from; searches report minutes apart
+
 
 class StageProgress:
     """A rich progress line per stage, on standard error; silent when that is no terminal."""
@@ -31,6 +33,7 @@ class StageProgress:
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            speed_estimate_period=_PACE_SECONDS,
             disable=not console.is_terminal,
         )
         self._stage: str | None = None

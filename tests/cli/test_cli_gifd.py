@@ -1,6 +1,7 @@
 """Generator search from the command line: a simulated client, an update file, what is refused."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from jgia.config import ModelConfig
 from jgia.config.sweep import parse_sweep
 from jgia.federated import client_update, save_update
-from jgia.generators.prior import Prior, load_prior, save_prior
+from jgia.generators.prior import Prior, save_prior
 from jgia.generators.stylegan2 import StyleGAN2
 from jgia.models import make_victim
 from jgia.report import validate_result
@@ -134,14 +135,29 @@ def test_a_sweep_may_cross_settings_of_stages(prior):
     assert cells[0].config.gifd.radii == (0.1, 0.05)
 
 
-@pytest.mark.slow
-def test_a_prior_is_trained_from_the_command_line(tmp_path, run):
-    size = ["--resolution", "16", "--base", "64", "--max-features", "4", "--latent-dim", "4"]
-    size += ["--style-dim", "4", "--prior-batch", "8", "--kimg", "0.016", "--kid-images", "0"]
-    out = tmp_path / "drawn"
-    code, shown, err = run("train-prior", "--data", "faces:64", *size, "--out", out)
+def test_train_prior_hands_its_options_on_and_says_what_came_of_it(tmp_path, run, monkeypatch):
+    seen = []
+
+    def train(config, *, command, progress):
+        progress("training", 1, 2)
+        seen.append((config, command))
+        last = SimpleNamespace(kimg=0.5, seconds=90.0, kid=0.0125)
+        trained = SimpleNamespace(history=(last,))
+        return SimpleNamespace(trained=trained, paths=[tmp_path / "prior.safetensors"])
+
+    monkeypatch.setattr("jgia.train_prior_command.run_prior_training", train)
+    options = ["--size", "small32", "--data", "faces:64", "--kimg", "0.5", "--license", "CC0"]
+    code, shown, err = run("train-prior", *options, "--out", tmp_path / "drawn")
     assert (code, err) == (0, "")
-    lines = shown.splitlines()
-    assert lines[0].startswith("0.016 thousand images shown")
-    assert f"{out}/prior.safetensors" in lines
-    assert load_prior(out).record["training"]["options"]["seed"] == 0
+    ((config, command),) = seen
+    assert (config.size, config.data.data, config.kimg) == ("small32", "faces:64", 0.5)
+    assert (config.license, config.out) == ("CC0", tmp_path / "drawn")
+    assert command.startswith("jgia train-prior --size small32")
+    first, path = shown.splitlines()
+    assert first.startswith("0.5 thousand images shown in 1.5 minutes; kernel distance 0.0125")
+    assert path == str(tmp_path / "prior.safetensors")
+
+
+def test_train_prior_refuses_in_one_line(tmp_path, run, check_refused):
+    found = run("train-prior", "--kimg", "0", "--out", tmp_path)
+    check_refused(*found, "kimg must be positive")
