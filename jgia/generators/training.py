@@ -206,7 +206,8 @@ class _Run:
 
     def averaged(self, state: GanState) -> PyTree:
         """The averaged parameters, with statistics of their styles."""
-        styles = style_statistics(self._networks.generator, state.average, self._key_styles)
+        key = jax.random.clone(self._key_styles)  # the same latent codes each time
+        styles = style_statistics(self._networks.generator, state.average, key)
         return {**state.average, "styles": styles}
 
     def advance(self, state: GanState, until: float, seconds: float) -> tuple[GanState, Report]:
