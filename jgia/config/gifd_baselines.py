@@ -84,7 +84,7 @@ class GglOptions:
     BigGAN's normal vector). `auto` takes the first where the generator has one."""
 
     ggl_population: int = 50
-    """Candidates of a round."""
+    """Candidates of a round, at least four."""
 
     ggl_rounds: int = 800
     """Rounds of every restart."""
@@ -116,7 +116,7 @@ class GglOptions:
     """Seconds in all, shared out evenly among restarts."""
 
     def __post_init__(self) -> None:
-        _checks.at_least(2, ggl_population=self.ggl_population)
+        _checks.at_least(4, ggl_population=self.ggl_population)
         _checks.at_least(1, ggl_rounds=self.ggl_rounds, ggl_restarts=self.ggl_restarts)
         _checks.positive(ggl_sigma=self.ggl_sigma)
         _checks.non_negative(ggl_kld=self.ggl_kld)
