@@ -337,8 +337,11 @@ _TWO_DEVICES = """
         )
         found.append(jax.device_get((new.discriminator_optimizer[0].nu, info)))
     (one, info), (two, other) = found
-    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
-        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(a).max())
+    # Sizes of gradients: rounding goes with the terms of a sum, which cancel in some biases.
+    one, two = (jax.tree.leaves(jax.tree.map(np.sqrt, nu)) for nu in (one, two))
+    largest = max(leaf.max() for leaf in one)
+    for a, b in zip(one, two):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * largest)
     for name in ("discriminator_loss", "r1", "sign"):
         np.testing.assert_allclose(getattr(info, name), getattr(other, name), rtol=1e-5)
     # After a step of Adam of fixed length, whose sign is anybody's where a gradient is rounding.
