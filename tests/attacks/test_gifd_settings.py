@@ -1,8 +1,11 @@
 """Presets hold the paper's numbers, and options replace them one by one."""
 
-import dataclasses
+import importlib.util
 import itertools
 import math
+import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +16,22 @@ from jgia.config.fields import flat_fields
 from jgia.config.gifd import GifdOptions
 
 
-@dataclasses.dataclass(frozen=True)
-class Sized:
-    """As much of a generator as settings look at."""
+def _load(name) -> Any:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
-    resolution: int
-    num_blocks: int
+
+tiny = _load("tiny_generator")
 
 
 def _settings(options=None, resolution=32, num_blocks=4):
-    return settings(options, generator=Sized(resolution, num_blocks))  # pyright: ignore
+    generator = tiny.TinyGenerator(resolution=resolution, num_blocks=num_blocks)
+    return settings(options, generator=generator)
 
 
 def test_the_papers_presets():
@@ -88,8 +97,6 @@ def test_learning_rates_are_those_of_the_paper():
         ({"gifd_restarts": 0}, "gifd_restarts must be at least 1"),
         ({"gifd_rate": -0.1}, "gifd_rate must be positive"),
         ({"budget_seconds": 0.0}, "budget_seconds must be positive"),
-        ({"preset": "native128"}, "preset must be one of"),
-        ({"skip": "forget"}, "skip must be one of"),
         ({"last_stage": -1}, "last_stage must be at least 0"),
         ({"last_stage": 4}, "the largest is 3"),
         ({"preset": "paper_biggan_imagenet"}, "last_stage=9"),

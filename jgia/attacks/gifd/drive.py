@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from jgia.attacks.gifd import stages
 from jgia.attacks.gifd.matching import Matching, vmapped
@@ -45,7 +46,10 @@ def resolve_driver(driver: Driver) -> Literal["python", "scan"]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def begin(
-    stage: Stage, side: Side, state: GeneratorState | None, radii: tuple[Array, Array, Array]
+    stage: Stage,
+    side: Side,
+    state: GeneratorState | None,
+    radii: tuple[ArrayLike, ArrayLike, ArrayLike],
 ) -> tuple[Anchor, State]:
     """:func:`~jgia.attacks.gifd.stages.begin` of a group."""
     return jax.vmap(lambda a, b: stages.begin(stage, a, b, radii))(side, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -250,13 +251,23 @@ def _backward(statics: _Statics, kept: Any, seed: Array) -> tuple[None, Array]:
             return problem.victim.loss_of_inputs(params, inputs, problem.labels)
 
         seen = {name: problem.params[name] for name in direction}
-        with patch_convolutions():
+        with _forward_convolutions(problem.vmapped):
             return jax.jvp(loss, (seen,), (direction,))[1]
 
     return None, seed * jax.grad(along)(inputs)
 
 
 _matched.defvjp(_forward, _backward)
+
+
+def _forward_convolutions(vmapped: bool) -> contextlib.AbstractContextManager[None]:
+    """How a jvp computes convolutions: by patches, but by the device's own library for one search.
+
+    Of many searches each has kernel tangents of its own, which would be a grouped convolution.
+    """
+    if vmapped or jax.default_backend() == "cpu":
+        return patch_convolutions()
+    return contextlib.nullcontext()
 
 
 def _split(problem: Matching) -> tuple[_Statics, PyTree]:

@@ -45,7 +45,7 @@ def project_l1(values: PyTree, radius: PyTree, *, iterations: int = _MOST_STEPS)
     >>> project_l1(jnp.array([[3.0, -1.0, 0.5]]), 2.0).tolist()
     [[2.0, -0.0, 0.0]]
     """
-    leaves, structure = jax.tree.flatten(values)
+    leaves, structure = jax.tree.flatten(jax.tree.map(jnp.asarray, values))
     sizes = [jnp.abs(leaf.reshape(leaf.shape[0], -1)) for leaf in leaves]
     radii = [
         jnp.broadcast_to(jnp.asarray(r, a.dtype), a.shape[:1])

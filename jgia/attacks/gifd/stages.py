@@ -129,7 +129,10 @@ def make_stage(
 
 
 def begin(
-    stage: Stage, side: Side, state: GeneratorState | None, radii: tuple[Array, Array, Array]
+    stage: Stage,
+    side: Side,
+    state: GeneratorState | None,
+    radii: tuple[ArrayLike, ArrayLike, ArrayLike],
 ) -> tuple[Anchor, State]:
     """A stage's start: features as the stage before left them, a fresh optimizer.
 
@@ -162,7 +165,7 @@ def begin(
     return anchor, State(moving, scale_by_adam().init(moving), jnp.ones((), bool))
 
 
-def _reach(mode: RadiusMode, start: Array, radius: Array) -> Array:
+def _reach(mode: RadiusMode, start: Array, radius: ArrayLike) -> Array:
     """(B,) radii of the balls around a start."""
     radius = jnp.asarray(radius, start.dtype)
     if mode == "per_element":
