@@ -86,7 +86,8 @@ def _ladder(found: dict[str, Any]) -> Any:
             axes[2].plot(range(len(curve)), curve, "o-", label=name)
             axes[2].set_xticks(range(len(curve)))
     axes[2].set(xlabel="stage", ylabel="PSNR (dB), single restarts")
-    axes[2].legend(fontsize=8)
+    if axes[2].lines:
+        axes[2].legend(fontsize=8)
     return _finished(figure, found)
 
 

@@ -212,6 +212,8 @@ def _scored(found: list[Reconstruction], images: np.ndarray, lpips: bool) -> dic
         row["distance"].append(_distance(one))
         if staged:
             frames = [] if one.history is None else one.history.frames
+            if len(frames) != len(one.stats["stage_names"]):
+                frames = []  # of points on the way, not of stages
             row["stage"].append(one.stats["stage"])
             row["stage_psnr"].append([_mean(score(_clean(f), images)["psnr"]) for f in frames])
             row["stage_distance"].append([_short(line[0]) for line in one.stats["stage_distances"]])
