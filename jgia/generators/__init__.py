@@ -1,8 +1,9 @@
 """Generators that can be entered at any block, and their training.
 
 :class:`StagedGenerator` is what an attack needs of one. :class:`StyleGAN2` and :class:`BigGAN`
-satisfy it; :func:`train_generator` trains the first. Names are imported on first use: an attack
-that takes the protocol from here loads neither data nor training.
+satisfy it; :func:`train_generator` trains the first, :func:`load_prior` reads a trained one. Names
+are imported on first use: an attack that takes the protocol from here loads neither data nor
+training.
 """
 
 from __future__ import annotations
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
     from jgia.generators.biggan import BigGAN as BigGAN
     from jgia.generators.biggan import standing_statistics as standing_statistics
     from jgia.generators.discriminator import Discriminator as Discriminator
+    from jgia.generators.prior import Prior as Prior
+    from jgia.generators.prior import PriorError as PriorError
+    from jgia.generators.prior import bundled_priors as bundled_priors
+    from jgia.generators.prior import load_prior as load_prior
+    from jgia.generators.prior import save_prior as save_prior
     from jgia.generators.protocol import GeneratorState as GeneratorState
     from jgia.generators.protocol import Side as Side
     from jgia.generators.protocol import StagedGenerator as StagedGenerator
@@ -29,6 +35,8 @@ _EXPORTS = {
     "BigGAN": "biggan",
     "Discriminator": "discriminator",
     "GeneratorState": "protocol",
+    "Prior": "prior",
+    "PriorError": "prior",
     "PriorTrainingError": "training",
     "Report": "training",
     "Side": "protocol",
@@ -36,6 +44,9 @@ _EXPORTS = {
     "StyleGAN2": "stylegan2",
     "TrainedGenerator": "training",
     "augment": "augmentation",
+    "bundled_priors": "prior",
+    "load_prior": "prior",
+    "save_prior": "prior",
     "standing_statistics": "biggan",
     "style_statistics": "stylegan2",
     "train_generator": "training",

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jgia import _checks
 from jgia._io import atomic_write, atomic_write_bytes
 from jgia.federated import UpdateError
 from jgia.federated._safetensors import read_safetensors, write_safetensors
@@ -202,6 +203,7 @@ def _generator(given: Mapping[str, Any]) -> StyleGAN2:
     for name, value in options.items():
         if name != "dtype" and not (type(value) is int and 0 <= value <= _MAX_SIZE):
             raise ValueError(f"{name} must be an integer up to {_MAX_SIZE}, got {value!r}")
+    _checks.one_of(("float32", "bfloat16"), dtype=options.get("dtype", "float32"))
     return StyleGAN2(**options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +45,7 @@ def _network(x: Array) -> Array:
     for i, width in enumerate(_WIDTHS):
         key = jax.random.fold_in(jax.random.key(_SEED), i)
         shape = (3, 3, x.shape[-1], width)
-        kernel = jax.random.normal(key, shape) * np.sqrt(2 / np.prod(shape[:3]))
+        kernel = jax.random.normal(key, shape, x.dtype) * math.sqrt(2 / math.prod(shape[:3]))
         x = lax.conv_general_dilated(
             x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )

@@ -110,9 +110,7 @@ def _intercept(
     context: nn.module.InterceptorContext,
 ) -> Any:
     def quick(x: Array, kernel: Array, window: Window) -> Array:
-        return convolve(
-            x, kernel, strides=window.strides, padding=window.padding, vmapped=vmapped
-        )
+        return convolve(x, kernel, strides=window.strides, padding=window.padding, vmapped=vmapped)
 
     return _replaced(method, args, kwargs, context, quick)
 

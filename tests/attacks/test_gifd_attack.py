@@ -200,7 +200,13 @@ def test_many_clients_get_what_each_would_get_alone():
 
 def test_a_second_client_compiles_nothing(found):
     del found
-    counted = drive._render, drive._image_loss, drive._move, drive.begin, drive.leave
+    counted: tuple[Any, ...] = (
+        drive._render,
+        drive._image_loss,
+        drive._move,
+        drive.begin,
+        drive.leave,
+    )
     before = [fn._cache_size() for fn in counted]
     _attack(_observe(12, (0,)), seed=4)
     assert [fn._cache_size() for fn in counted] == before

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,11 @@ LABELS = jnp.array([0, 2])
 @functools.cache
 def _observation(name="mlp", seed=0):
     """Images of 8 px on a network with rectifiers; a third of its units never become active."""
-    options = {"mlp": {"widths": (90, 80)}, "resnet": {"widths": (16,), "head": "pool"}}[name]
-    norm = {"norm": "none"} if name == "resnet" else {}
-    victim = make_victim(name, input_shape=(8, 8, 1), num_classes=4, **options, **norm)
+    common: Any = {"input_shape": (8, 8, 1), "num_classes": 4}
+    if name == "resnet":
+        victim = make_victim("resnet", **common, widths=(16,), head="pool", norm="none")
+    else:
+        victim = make_victim("mlp", **common, widths=(90, 80))
     params = jax.jit(victim.init)(jax.random.key(seed))
     dead = {"mlp": ("fc1", "fc2"), "resnet": ("conv1",)}[name]
     for layer in dead:
