@@ -1,5 +1,6 @@
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,13 @@ from jgia.config.prior import TrainPriorConfig
 from jgia.generators.prior import load_prior
 from jgia.train_prior_command import grid, run_prior_training, training_images
 
-SMALL = {"resolution": 16, "base": 64, "max_features": 4, "latent_dim": 4, "style_dim": 4}
+SMALL: dict[str, Any] = {
+    "resolution": 16,
+    "base": 64,
+    "max_features": 4,
+    "latent_dim": 4,
+    "style_dim": 4,
+}
 
 
 @pytest.fixture

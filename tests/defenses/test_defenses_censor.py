@@ -1,14 +1,18 @@
 """Orthogonal directions in a gradient's place: what they are, and which one is taken."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from jgia.defenses import CensorState, censor_update, clip_update
+from jgia import defenses
+from jgia.defenses import CensorState, clip_update
 
 RNG = np.random.default_rng(0)
+censor_update: Any = defenses.censor_update  # optax says little of its types
 GRADIENT = {
     "fc": {"kernel": jnp.asarray(RNG.normal(size=(7, 3))), "bias": jnp.asarray([1e-6, 2e-6])},
     "gain": jnp.asarray([4.0]),
@@ -26,7 +30,7 @@ def _loss(params):
     )
 
 
-def _share(key=0, gradient=GRADIENT, loss=_loss, **knobs):
+def _share(key=0, gradient=GRADIENT, loss: Any = _loss, **knobs):
     censor = censor_update(jax.random.key(key), loss, PARAMS, **knobs)
     return censor.update(gradient, censor.init(gradient))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +105,7 @@ def test_residual_block_is_that_of_the_paper(layer):
         lambda leaf: jnp.asarray(rng.uniform(0.5, 2, leaf.shape), "float32"), shapes
     )
     params = variables["params"]
-    result = Block(layer, False).apply({"params": params, "statistics": statistics}, *inputs)
+    result: Any = Block(layer, False).apply({"params": params, "statistics": statistics}, *inputs)
     expected = _block(x, vector, params, statistics, layer.after, layer.up)
     assert result.shape == (2, *(2 * [8 if layer.up else 4]), layer.after)
     np.testing.assert_allclose(result, expected, rtol=0, atol=1e-5)
@@ -116,7 +117,7 @@ def test_attention_is_that_of_the_paper():
     off = Attention().apply({"params": params}, jnp.asarray(x, "float32"))
     np.testing.assert_array_equal(off, np.asarray(x, "float32"))  # it begins as the identity
     params = {**params, "gain": jnp.asarray(1.5, "float32")}
-    result = Attention().apply({"params": params}, jnp.asarray(x, "float32"))
+    result: Any = Attention().apply({"params": params}, jnp.asarray(x, "float32"))
     np.testing.assert_allclose(result, _attention(x, params), rtol=0, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jgia.generators.augmentation import _color, _cut_out, _translate, augment
-from jgia.generators.discriminator import Discriminator, with_minibatch_deviation
+from jgia.generators.discriminator import Architecture, Discriminator, with_minibatch_deviation
 from jgia.generators.layers import normalize_second_moment
 from jgia.generators.stylegan2 import StyleGAN2
 
@@ -30,7 +30,7 @@ def test_minibatch_deviation_is_that_of_groups(batch, group, size):
         np.testing.assert_allclose(result[i, :, :, 4], expected, rtol=1e-12)
 
 
-def _network(filled, architecture="residual", **fields):
+def _network(filled, architecture: Architecture = "residual", **fields):
     sizes = {"resolution": 8, "base": 64, "max_features": 8, "latent_dim": 8, "style_dim": 8}
     network = Discriminator(StyleGAN2(**{**sizes, **fields}), architecture, 4)
     labels = jnp.zeros(1, "int32") if fields.get("num_classes") else None

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +116,7 @@ def test_dense_scales_weights_where_they_are_used(rate):
     x = RNG.normal(size=(3, 9))
     shapes = jax.eval_shape(layer.init, jax.random.key(0), jnp.asarray(x))["params"]
     kernel, bias = RNG.normal(size=shapes["kernel"].shape) / rate, RNG.normal(size=(4,))
-    result = layer.apply(
+    result: Any = layer.apply(
         {"params": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}, jnp.asarray(x)
     )
     np.testing.assert_allclose(result, x @ kernel * rate / 3 + bias * rate, rtol=1e-12)

@@ -1,6 +1,7 @@
 """A generator can be entered at every block: both implementations."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -117,7 +118,7 @@ def test_features_of_every_block_have_a_gradient(case):
     @jax.grad
     def slopes(features):
         kept = [GeneratorState(h, s.image) for h, s in zip(features, states, strict=True)]
-        images = _finished.__wrapped__(generator, params, side, kept)[1]
+        images = inspect.unwrap(_finished)(generator, params, side, kept)[1]
         return jnp.stack([jnp.square(image).sum() for image in images]).sum()
 
     for slope in slopes([state.features for state in states])[:-1]:

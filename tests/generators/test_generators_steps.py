@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ from jgia.generators.steps import GanState, make_networks, train_step
 pytestmark = pytest.mark.usefixtures("single_precision")
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (12, 8, 8, 3)).astype("uint8")
-_EMPTY = GanState(*(None for _ in GanState._fields))
+_NOTHING: Any = (None,) * len(GanState._fields)
+_EMPTY = GanState(*_NOTHING)
 LABELS = (np.arange(12) % 3).astype("int32")
 
 
@@ -270,9 +272,10 @@ def test_optimizers_are_slowed_down_for_lazy_penalties(setting, options):
 
 def test_same_key_same_bits_and_no_second_compilation(setting, stepped):
     networks, state = setting
-    compiled = train_step._cache_size()
+    compiled_step: Any = train_step
+    compiled = compiled_step._cache_size()
     again = _step(networks, state)
-    assert train_step._cache_size() == compiled
+    assert compiled_step._cache_size() == compiled
     jax.tree.map(np.testing.assert_array_equal, again, stepped)
     other, _ = _step(networks, state, key=1)
     assert any(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -84,11 +85,12 @@ def test_interrupted_and_continued_gives_the_same_bits(options, clock, tmp_path)
     assert again.finished
     jax.tree.map(np.testing.assert_array_equal, again.params, whole.params)
     # Other runs do not go on from it.
-    for other in (
+    others: tuple[dict[str, Any], ...] = (
         {"seed": 6},
         {"data": _data(seed=1)},
         {"given": dataclasses.replace(given, learning_rate=1e-3)},
-    ):
+    )
+    for other in others:
         with pytest.raises(CheckpointError, match="another training run"):
             train(**other, checkpoint=path)
     path.write_bytes(path.read_bytes()[:100])
