@@ -88,7 +88,7 @@ def ablation(setup: Setup) -> dict[str, Any]:
 def batch(setup: Setup) -> dict[str, Any]:
     """Several images behind one gradient; labels are inferred, images matched by the scorer."""
     if setup.smoke:
-        return run(setup, "batch", [Case(gifd("latent only", setup.steps, last_stage=0), batch=2)])
+        return run(setup, "batch", [Case(pixel("IG", setup.steps), batch=2)])
     plan = [Case(method, batch=size) for size in (1, 2, 4, 8) for method in _three(setup)]
     return run(setup, "batch", plan)
 

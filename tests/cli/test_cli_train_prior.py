@@ -1,14 +1,11 @@
 import dataclasses
-import json
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from jgia.config import DataConfig
 from jgia.config.prior import TrainPriorConfig
-from jgia.generators.prior import load_prior
 from jgia.train_prior_command import grid, run_prior_training, training_images
 
 SMALL: dict[str, Any] = {
@@ -32,24 +29,6 @@ def config(tmp_path):
         name="drawn",
         **SMALL,
     )
-
-
-@pytest.mark.slow
-def test_a_prior_is_trained_written_and_continued(config):
-    outcome = run_prior_training(config)
-    assert outcome.trained.finished
-    found = load_prior(config.out)
-    assert found.name == "drawn"
-    assert found.record["license"] == "Apache-2.0"
-    assert found.record["data"]["num_images"] == 32
-    assert found.record["training"]["kimg"] == 0.016
-    assert "machine" not in json.dumps(found.record["training"]["options"])
-    with Image.open(config.out / "samples.png") as sheet:
-        assert sheet.size == (160, 160)
-    lines = (config.out / "log.csv").read_text().splitlines()
-    assert len(lines) == 2
-    longer = run_prior_training(dataclasses.replace(config, kimg=0.032))
-    assert [report.step for report in longer.trained.history] == [2, 4]
 
 
 def test_images_are_the_public_ones_at_the_generators_size(config):
