@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 AGREEMENT = 1e-4
 _CHECKED = 4  # steps of every stage over which losses have to agree: later, rounding grows
-_COMPILE_LIMIT_S = 900.0
+_COMPILE_LIMIT_S = 1800.0
 _BUDGET = 300  # steps of a search in victims an hour
 
 
