@@ -12,10 +12,6 @@ import numpy as np
 
 from jgia._clock import StageClock
 from jgia.attacks import analytic, ares, gauss_newton, gifd, gradient_matching, imprint
-from jgia.attacks.gifd.attack import _check_prior
-from jgia.attacks.gifd.ggl import attack_ggl
-from jgia.attacks.gifd.gias import attack_gias
-from jgia.attacks.gifd.label_mapping import attack_with_label_mapping
 from jgia.config import AttackConfig, AttackName, AuditConfig, ClientConfig
 from jgia.generators.prior import Prior, bundled_priors, load_prior
 from jgia.models import Victim
@@ -217,7 +213,7 @@ def _attack_gauss_newton(key: jax.Array, job: Job) -> Reconstruction:
 
 
 def _fits_gifd(prior: Prior, victim: Victim, options: Options) -> None:
-    _check_prior(prior.generator, victim)
+    gifd.check_prior(prior.generator, victim)
     gifd.settings(options.gifd, generator=prior.generator)
     if (folder := options.mapping.mapping_classifier) is not None:
         if not prior.generator.num_classes:
@@ -229,7 +225,7 @@ def _fits_gifd(prior: Prior, victim: Victim, options: Options) -> None:
 
 
 def _fits_baseline(name: str, prior: Prior, victim: Victim, options: Options) -> None:
-    _check_prior(prior.generator, victim)
+    gifd.check_prior(prior.generator, victim)
     for option in ("checkpoint", "dump"):
         if getattr(options.run, option) is not None:
             raise ValueError(f"{name} keeps nothing on its way; leave out --{option}.")
@@ -243,7 +239,7 @@ def _attack_gifd(key: jax.Array, job: Job) -> Reconstruction:
     if mapping.mapping_classifier is not None:
         classifier, params = load_victim(mapping.mapping_classifier)
         attack = functools.partial(
-            attack_with_label_mapping,
+            gifd.attack_with_label_mapping,
             classifier=classifier,
             classifier_params=params,
             coarse_steps=mapping.mapping_coarse_steps,
@@ -306,14 +302,14 @@ _METHODS: dict[str, Method] = {
         "honest_but_curious",
         lambda victim: None,
         None,
-        lambda key, job: _search_prior(attack_gias, job.options.gias, key, job),
+        lambda key, job: _search_prior(gifd.attack_gias, job.options.gias, key, job),
         fits=functools.partial(_fits_baseline, "gias"),
     ),
     "ggl": Method(
         "honest_but_curious",
         lambda victim: None,
         None,
-        lambda key, job: _search_prior(attack_ggl, job.options.ggl, key, job),
+        lambda key, job: _search_prior(gifd.attack_ggl, job.options.ggl, key, job),
         fits=functools.partial(_fits_baseline, "ggl"),
     ),
     "analytic": Method("honest_but_curious", analytic.check, None, _attack_analytic),

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from jgia.attacks import gifd
+from jgia.attacks.gifd import attack_ggl, attack_gias
 from jgia.attacks.gifd.ggl import _settings as ggl_settings
-from jgia.attacks.gifd.ggl import attack_ggl
 from jgia.attacks.gifd.ggl_space import Basis, Space, evaluate
-from jgia.attacks.gifd.gias import Reweighted, attack_gias, step_rates
+from jgia.attacks.gifd.gias import Reweighted, step_rates
 from jgia.attacks.gifd.stages import make_stage
 from jgia.config import ClientConfig
 from jgia.config.gifd_baselines import GglOptions, GiasOptions

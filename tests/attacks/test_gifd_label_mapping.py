@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jgia.attacks import gifd
-from jgia.attacks.gifd.label_mapping import attack_with_label_mapping, map_labels
+from jgia.attacks.gifd import attack_with_label_mapping, map_labels
 from jgia.config import ClientConfig, RunOptions
 from jgia.config.gifd_baselines import LabelMappingOptions
 from jgia.federated import client_update

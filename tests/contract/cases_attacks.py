@@ -15,8 +15,6 @@ import jax
 import numpy as np
 
 from jgia.attacks import analytic, ares, gauss_newton, gifd, gradient_matching, imprint
-from jgia.attacks.gifd.ggl import attack_ggl
-from jgia.attacks.gifd.gias import attack_gias
 from jgia.config import (
     AresOptions,
     GaussNewtonOptions,
@@ -152,12 +150,12 @@ def _gifd(key: Any, observation: Observation) -> Reconstruction:
 
 def _gias(key: Any, observation: Observation) -> Reconstruction:
     options = GiasOptions(gias_latent_steps=2, gias_weight_steps=2, gias_restarts=1)
-    return attack_gias(key, observation, _tiny_prior(), options=options, num_examples=1)
+    return gifd.attack_gias(key, observation, _tiny_prior(), options=options, num_examples=1)
 
 
 def _ggl(key: Any, observation: Observation) -> Reconstruction:
     options = GglOptions(ggl_population=4, ggl_rounds=2)
-    return attack_ggl(key, observation, _tiny_prior(), options=options, num_examples=1)
+    return gifd.attack_ggl(key, observation, _tiny_prior(), options=options, num_examples=1)
 
 
 def _prior_case(attack: Callable[[Any, Observation], Reconstruction], variant: str) -> AttackCase:

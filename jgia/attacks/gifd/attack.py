@@ -2,47 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from jgia.attacks.gifd.drive import Group, resolve_driver
-from jgia.attacks.gifd.matching import make_matching, stack
-from jgia.attacks.gifd.result import Client, reconstruction
+from jgia.attacks.gifd.matching import stack
+from jgia.attacks.gifd.prepare import TrainedGenerator, prepare
+from jgia.attacks.gifd.result import reconstruction
 from jgia.attacks.gifd.run import Progress, Run
 from jgia.attacks.gifd.settings import Settings, settings
-from jgia.attacks.gifd.transform import Transform, estimate_transform
 from jgia.attacks.gradient_matching.checkpoint import digest
-from jgia.attacks.labels.known import example_count, given_or_inferred
 from jgia.config.gifd import GifdOptions
 from jgia.config.gradient_matching import RunOptions
 from jgia.config.performance import PerformanceFlags
-from jgia.generators.protocol import Side, StagedGenerator
+from jgia.generators.protocol import Side
 from jgia.models import Victim
 from jgia.observation import Observation, Reconstruction
 
-PyTree = Any
-
 _MOST_ON_CPU = 4  # more fill no core better, and lengthen what has to be kept
-
-
-@runtime_checkable
-class TrainedGenerator(Protocol):
-    """What the attack needs of a prior: see :class:`jgia.generators.Prior`."""
-
-    @property
-    def name(self) -> str: ...  # noqa: D102
-    @property
-    def generator(self) -> StagedGenerator: ...  # noqa: D102
-    @property
-    def params(self) -> PyTree: ...  # noqa: D102
 
 
 def attack(
@@ -107,7 +88,7 @@ def attack(
     """
     chosen = _settings(options, prior)
     performance, run_options = performance or PerformanceFlags(), run_options or RunOptions()
-    one = _prepare(key, observation, prior, chosen, num_examples, generator_labels, start_side)
+    one = prepare(key, observation, prior, chosen, num_examples, generator_labels, start_side)
     size = _group_size(performance, chosen.restarts)
     groups = [
         Group(one.matching, jax.tree.map(lambda leaf, i=i: leaf[i : i + size], one.side), None)
@@ -160,7 +141,7 @@ def attack_clients(
     performance, run_options = performance or PerformanceFlags(), run_options or RunOptions()
     keys = jax.random.split(key, len(observations))
     clients = [
-        _prepare(
+        prepare(
             keys[k],
             observation,
             prior,
@@ -203,101 +184,6 @@ def _settings(options: GifdOptions | Settings | None, prior: TrainedGenerator) -
             settings(GifdOptions(last_stage=options.last_stage), generator=prior.generator)
         return options
     return settings(options, generator=prior.generator)
-
-
-def _prepare(
-    key: Array,
-    observation: Observation,
-    prior: TrainedGenerator,
-    chosen: Settings,
-    num_examples: int | None,
-    generator_labels: ArrayLike | None,
-    start_side: Side | None,
-) -> Client:
-    _check_prior(prior.generator, observation.victim)
-    count = example_count(observation, num_examples)
-    transform, record = Transform(), {"found": "not asked for"}
-    check = make_matching(observation, np.zeros(count, np.int32), distance=chosen.distance)
-    if chosen.replay != "none":
-        transform, record = estimate_transform(observation, bound=chosen.replay == "all")
-    key_labels, key_start = jax.random.split(key)
-    labels, how = given_or_inferred(key_labels, observation, chosen.labels, count)
-    shown = _generator_labels(prior.generator, generator_labels, labels)
-    side = _draw(
-        prior.generator, prior.params, jax.random.split(key_start, chosen.restarts), count, shown
-    )
-    if start_side is not None:
-        side = _given_side(start_side, side)
-    return Client(
-        matching=dataclasses.replace(check, labels=labels, transform=transform),
-        side=side,
-        labels_by=how,
-        generator_labels=None if shown is None else np.asarray(shown),
-        transform=record,
-    )
-
-
-def _check_prior(generator: StagedGenerator, victim: Victim) -> None:
-    height, width, channels = victim.input_shape
-    if generator.channels != channels:
-        raise ValueError(
-            f"the prior makes images of {generator.channels} channels, the victim takes "
-            f"{channels}; take a prior trained on such images."
-        )
-    if height != width or generator.resolution % height:
-        raise ValueError(
-            f"the prior makes {generator.resolution} x {generator.resolution} images, which are "
-            f"averaged down by a whole number; the victim takes {height} x {width}. Take a prior "
-            "of that size or a multiple."
-        )
-
-
-def _generator_labels(
-    generator: StagedGenerator, given: ArrayLike | None, labels: Array
-) -> Array | None:
-    """(B,) classes for a conditional generator, ``None`` for an unconditional one."""
-    if not generator.num_classes:
-        if given is not None:
-            raise ValueError(
-                "generator_labels were given, and the prior is not conditional; leave them out, or "
-                "take a conditional prior."
-            )
-        return None
-    shown = labels if given is None else jnp.asarray(given)
-    if shown.shape != labels.shape or not jnp.issubdtype(shown.dtype, jnp.integer):
-        raise ValueError(
-            f"generator_labels must be {labels.shape} integers, got shape {shown.shape} of "
-            f"{shown.dtype}."
-        )
-    values = np.asarray(shown)
-    if values.min() < 0 or values.max() >= generator.num_classes:
-        raise ValueError(
-            f"the generator has classes 0 to {generator.num_classes - 1}, got {values.tolist()}"
-            + (
-                "; give generator_labels=, the victim's labels are not among its classes."
-                if given is None
-                else " in generator_labels."
-            )
-        )
-    return shown.astype(jnp.int32)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3))
-def _draw(
-    generator: StagedGenerator, params: PyTree, keys: Array, count: int, labels: Array | None
-) -> Side:
-    """Side inputs of every restart, every leaf (R, B, ...)."""
-    return jax.vmap(lambda key: generator.draw(params, key, count, labels))(keys)
-
-
-def _given_side(given: Side, like: Side) -> Side:
-    expected = jax.tree.map(lambda leaf: leaf.shape, like)
-    got = jax.tree.map(jnp.shape, given)
-    if jax.tree.structure(given) != jax.tree.structure(like) or expected != got:
-        raise ValueError(
-            f"start_side must have the shapes {expected} (restarts, images, ...), got {got}."
-        )
-    return jax.tree.map(lambda leaf, known: jnp.asarray(leaf, known.dtype), given, like)
 
 
 def _group_size(performance: PerformanceFlags, searches: int) -> int:

@@ -16,9 +16,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jgia.attacks.gifd.attack import TrainedGenerator, _prepare
 from jgia.attacks.gifd.ggl_space import evaluate, make_basis, make_space
 from jgia.attacks.gifd.matching import Matching, matching_distance
+from jgia.attacks.gifd.prepare import TrainedGenerator, prepare
 from jgia.attacks.gifd.result import reconstruction
 from jgia.attacks.gifd.run import Progress, StageResult
 from jgia.attacks.gifd.settings import Settings
@@ -100,7 +100,7 @@ def attack_ggl(
     performance = performance or PerformanceFlags()
     chosen = _settings(options)
     seeds = _seeds(key, 2 * options.ggl_restarts)
-    client = _prepare(key, observation, prior, chosen, num_examples, generator_labels, start_side)
+    client = prepare(key, observation, prior, chosen, num_examples, generator_labels, start_side)
     factor = prior.generator.resolution // observation.victim.input_shape[0]
     one = jax.tree.map(lambda leaf: leaf[0], client.side)
     space = make_space(options, make_stage(prior.generator, 0, one, chosen, factor), client)

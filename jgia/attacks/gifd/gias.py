@@ -15,8 +15,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jgia.attacks.gifd import drive, stages
-from jgia.attacks.gifd.attack import TrainedGenerator, _prepare
 from jgia.attacks.gifd.drive import Group
+from jgia.attacks.gifd.prepare import TrainedGenerator, prepare
 from jgia.attacks.gifd.result import reconstruction
 from jgia.attacks.gifd.run import Progress, StageResult
 from jgia.attacks.gifd.settings import Settings
@@ -91,7 +91,7 @@ def attack_gias(
     options = options or GiasOptions()
     performance = performance or PerformanceFlags()
     chosen = _settings(options)
-    client = _prepare(key, observation, prior, chosen, num_examples, generator_labels, start_side)
+    client = prepare(key, observation, prior, chosen, num_examples, generator_labels, start_side)
     alone = 1 if jax.default_backend() == "cpu" else chosen.restarts
     size = performance.microbatch or alone
     generator, factor = (

@@ -18,7 +18,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jgia import _checks
-from jgia.attacks.gifd.attack import TrainedGenerator, attack
+from jgia.attacks.gifd.attack import attack
+from jgia.attacks.gifd.prepare import TrainedGenerator
 from jgia.attacks.gifd.run import Progress
 from jgia.attacks.gifd.settings import Settings, settings
 from jgia.attacks.labels.known import example_count, given_or_inferred
