@@ -74,6 +74,7 @@ def run_audit(
 
     Raises:
       ValueError: the data, the model or the options do not fit; before anything expensive runs.
+      ImportError: likewise, an optional package is missing that the attack needs.
     """
     config = config or AuditConfig()
     chosen = method(config.attack)

@@ -81,6 +81,7 @@ def read_prior(name: AttackName, victim: Victim, options: Options) -> Prior | No
     Raises:
       ValueError: one is missing, or given to an attack that searches none; it cannot be read, or
         does not fit the victim or the options.
+      ImportError: an optional package is missing that the attack needs.
     """
     fits = method(name).fits
     if fits is None:
@@ -231,6 +232,8 @@ def _fits_baseline(name: str, prior: Prior, victim: Victim, options: Options) ->
             raise ValueError(f"{name} keeps nothing on its way; leave out --{option}.")
     if options.mapping.mapping_classifier is not None:
         raise ValueError(f"{name} maps no labels; leave out --mapping-classifier.")
+    if name == "ggl":
+        gifd.require_cmaes()
 
 
 def _attack_gifd(key: jax.Array, job: Job) -> Reconstruction:

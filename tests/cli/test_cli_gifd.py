@@ -1,13 +1,15 @@
 """Generator search from the command line: a simulated client, an update file, what is refused."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from jgia.config import ModelConfig
+from jgia import run_audit
+from jgia.config import AuditConfig, DataConfig, ModelConfig
 from jgia.config.sweep import parse_sweep
 from jgia.federated import client_update, save_update
 from jgia.generators.prior import Prior, save_prior
@@ -117,6 +119,20 @@ def test_images_of_other_channels_are_refused(tmp_path, run, check_refused, prio
     data = ["--data", f"npz:{tmp_path / 'gray.npz'}", "--model", "mlp", "--num-public", "16"]
     found = run("attack", "gifd", "--prior", prior, *data, "--batch", "1", "--out", tmp_path / "r")
     check_refused(*found, "3 channels, the victim takes 1")
+
+
+def test_ggl_without_its_package_is_refused_before_any_compute(
+    tmp_path, run, check_refused, prior, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "cmaes", None)
+    monkeypatch.setattr("jgia.audit.simulate_clients", lambda *_, **__: pytest.fail("too late"))
+    command = ["attack", "ggl", "--prior", prior, *CLIENT, "--out", tmp_path / "report"]
+    check_refused(*run(*command), r'pip install "jgia\[ggl\]"')
+    data = DataConfig(data="sample", image_size=8, num_public=16)
+    model = ModelConfig(model="mlp", widths=(8,))
+    config = AuditConfig(attack="ggl", prior=str(prior), data=data, model=model)
+    with pytest.raises(ImportError, match="ggl needs an optional package"):
+        run_audit(config)
 
 
 def test_a_damaged_prior_is_refused(tmp_path, run, check_refused, prior):

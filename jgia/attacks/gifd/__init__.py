@@ -9,7 +9,7 @@ images look like).
 """
 
 from jgia.attacks.gifd.attack import attack, attack_clients
-from jgia.attacks.gifd.ggl import attack_ggl
+from jgia.attacks.gifd.ggl import attack_ggl, require_cmaes
 from jgia.attacks.gifd.gias import attack_gias
 from jgia.attacks.gifd.label_mapping import attack_with_label_mapping, map_labels
 from jgia.attacks.gifd.matching import Matching, make_matching, matching_distance
@@ -36,5 +36,6 @@ __all__ = [
     "map_labels",
     "matching_distance",
     "project_l1",
+    "require_cmaes",
     "settings",
 ]

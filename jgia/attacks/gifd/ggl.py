@@ -95,7 +95,7 @@ def attack_ggl(
     Departures: the start is the prior's center, not a uniform one; a clip bound is replayed if
     asked for (``ggl_replay="all"``) only, because a client's not clipping cannot be seen.
     """
-    cma = _cma()
+    cma = require_cmaes()
     options = options or GglOptions()
     performance = performance or PerformanceFlags()
     chosen = _settings(options)
@@ -125,7 +125,12 @@ def attack_ggl(
     return dataclasses.replace(found, stats={**found.stats, **stats}, history=history)
 
 
-def _cma() -> Any:
+def require_cmaes() -> Any:
+    """The optional package that GGL's search comes from.
+
+    Raises:
+      ImportError: the ``ggl`` extra is not installed.
+    """
     try:
         return importlib.import_module("cmaes")
     except ImportError as error:
