@@ -64,8 +64,10 @@ def test_the_image_of_a_small_network_is_found(method, options):
     assert _psnr(result.images, IMAGES[:1]) > 30
     assert list(result.labels) == [1]
     assert result.stats["labels_by"] == ("joint" if method == "dlg" else "given")
+    # Not the last of the curve: where only rounding is left, a quasi-Newton step may leap away.
     losses = result.stats["curve_losses"]
-    assert losses[-1] < losses[0] / 10
+    assert min(losses) < losses[0] / 10
+    assert -result.scores[0] <= min(losses)
 
 
 @pytest.mark.slow
