@@ -6,12 +6,16 @@
 
 Runs ``configs/end_to_end.toml`` (another with ``--config``) as ``jgia sweep`` does; stopped or
 killed, the same command goes on. Beside the files of the sweep it writes ``end_to_end.csv``, with
-the names of the data sets for their paths, and ``end_to_end.md``.
+the names of the data sets for their paths, and ``end_to_end.md``. ``--add`` joins the table of an
+earlier run, of which cells of the same name are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import csv
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +25,7 @@ import harness
 
 from jgia._io import atomic_write_bytes
 from jgia.sweep import Cell, SweepResults, load_results, parse_sweep, run_sweep
-from jgia.sweep.table import csv_text
+from jgia.sweep.table import IDENTITY, csv_text
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 THRESHOLDS = ("18", "40")
@@ -46,9 +50,14 @@ def main() -> None:
         )
     results = load_results(arguments.out)
     rows = [{**row, "data": dataset(row["data"])} for row in results.rows]
-    csv = csv_text(rows, results.columns)
-    atomic_write_bytes(arguments.out / "end_to_end.csv", csv.encode())
-    atomic_write_bytes(arguments.out / "end_to_end.md", markdown(results, rows).encode())
+    total = results.num_cells
+    if arguments.add is not None:
+        earlier = [row for row in read_csv(arguments.add) if _cell(row) not in map(_cell, rows)]
+        total += len(earlier)
+        rows = sorted([*earlier, *rows], key=lambda row: _order(row, earlier))
+    text = csv_text(rows, results.columns)
+    atomic_write_bytes(arguments.out / "end_to_end.csv", text.encode())
+    atomic_write_bytes(arguments.out / "end_to_end.md", markdown(results, rows, total).encode())
     harness.write_json(arguments.out / "end_to_end.json", {"machine": harness.machine()})
     print((arguments.out / "end_to_end.md").read_text("utf-8"))
 
@@ -77,9 +86,34 @@ def dataset(specification: str) -> str:
     return Path(specification.removeprefix("npz:")).stem
 
 
-def markdown(results: SweepResults, rows: Sequence[Mapping[str, Any]]) -> str:
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """The rows of an ``end_to_end.csv``: numbers where there are some, ``None`` for nothing."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        {**{name: _value(text) for name, text in row.items()}, "key": row["key"]} for row in rows
+    ]
+
+
+def _value(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text or None
+
+
+def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in IDENTITY)
+
+
+def _order(row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> tuple[int, bool]:
+    """By batch, earlier data sets first."""
+    return row["batch"], row["data"] not in {known["data"] for known in earlier}
+
+
+def markdown(results: SweepResults, rows: Sequence[Mapping[str, Any]], total: int) -> str:
     """One table per threshold and one of times, then why cells are empty."""
-    parts = [f"# {results.name}", "", _introduction(results)]
+    parts = [f"# {results.name}", "", _introduction(results, rows, total)]
     for threshold in THRESHOLDS:
         title = f"Percent of the client's images recovered at ≥ {threshold} dB"
         parts += ["", f"## {title}", "", *_table(rows, f"recovered_{threshold}", _percent)]
@@ -95,8 +129,10 @@ def markdown(results: SweepResults, rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _introduction(results: SweepResults) -> str:
-    counts = ", ".join(f"{count} {status}" for status, count in results.counts().items() if count)
+def _introduction(results: SweepResults, rows: Sequence[Mapping[str, Any]], total: int) -> str:
+    found = collections.Counter(row["status"] for row in rows)
+    found["unfinished"] = total - len(rows)
+    counts = ", ".join(f"{count} {status}" for status, count in found.items() if count)
     device = next((record.environment["device"] for record in results.records), "no device")
     return (
         f"{counts}; on {device}. Unmatched images count as lost. `imprint_cnn` and `imprint_mlp` "
@@ -141,6 +177,7 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, help="another sweep than configs/end_to_end.toml")
     parser.add_argument("--minutes", type=float, help="start no cell later than this")
+    parser.add_argument("--add", type=Path, metavar="CSV", help="join an earlier run's table")
     parser.add_argument("--retry-failed", action="store_true", help="run failed cells again")
     parser.add_argument("--tables-only", action="store_true", help="write the tables again")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on the bundled sample")
