@@ -85,7 +85,7 @@ class TrainVictim:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainPrior:
-    """Train a generator of images such as clients hold, for attacks that search one (gifd).
+    """Train a generator of images such as clients hold, for attacks that search one.
 
     Writes prior.safetensors and prior.json, samples.png and log.csv, all of them at every
     checkpoint. Killed and started again with the same options, it goes on from the last one.

@@ -227,9 +227,6 @@ def _fits_gifd(prior: Prior, victim: Victim, options: Options) -> None:
 
 def _fits_baseline(name: str, prior: Prior, victim: Victim, options: Options) -> None:
     gifd.check_prior(prior.generator, victim)
-    for option in ("checkpoint", "dump"):
-        if getattr(options.run, option) is not None:
-            raise ValueError(f"{name} keeps nothing on its way; leave out --{option}.")
     if options.mapping.mapping_classifier is not None:
         raise ValueError(f"{name} maps no labels; leave out --mapping-classifier.")
     if name == "ggl":
@@ -248,7 +245,6 @@ def _attack_gifd(key: jax.Array, job: Job) -> Reconstruction:
             coarse_steps=mapping.mapping_coarse_steps,
             candidates=mapping.mapping_candidates,
         )
-    attack = functools.partial(attack, run_options=job.options.run)
     return _search_prior(attack, job.options.gifd, key, job)
 
 
@@ -265,6 +261,7 @@ def _search_prior(
             job.prior,
             options=options,
             performance=job.options.performance,
+            run_options=job.options.run,
             progress=lambda done, steps, loss: job.report(
                 f"searching, loss {loss:.3g}", done, steps
             ),

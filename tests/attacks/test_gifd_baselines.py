@@ -19,7 +19,8 @@ from jgia.attacks.gifd.ggl import _settings as ggl_settings
 from jgia.attacks.gifd.ggl_space import Basis, Space, evaluate
 from jgia.attacks.gifd.gias import Reweighted, step_rates
 from jgia.attacks.gifd.stages import make_stage
-from jgia.config import ClientConfig
+from jgia.attacks.gradient_matching import CheckpointError
+from jgia.config import ClientConfig, RunOptions
 from jgia.config.gifd_baselines import GglOptions, GiasOptions
 from jgia.federated import client_update
 from jgia.generators.stylegan2 import StyleGAN2
@@ -123,6 +124,44 @@ def test_the_same_key_gives_the_same_bits_and_the_prior_stays(gias, two):
     again = attack_gias(jax.random.key(3), two, PRIOR, options=GIAS)
     np.testing.assert_array_equal(gias.images, again.images)
     jax.tree.map(np.testing.assert_array_equal, before, PRIOR.params)
+
+
+class _Killed(Exception):
+    pass
+
+
+def _resumed(attack, path, at):
+    """Kill a run with a checkpoint after so many steps, then let it go on: what it then tells."""
+    run_options = RunOptions(checkpoint=path, checkpoint_every=4, report_every=4)
+
+    def kill(done, total, least):
+        assert np.isfinite(least)
+        if done > at:
+            raise _Killed
+
+    with pytest.raises(_Killed):
+        attack(run_options=run_options, progress=kill)
+    told = []
+    found = attack(run_options=run_options, progress=lambda done, *_: told.append(done))
+    return found, told
+
+
+@pytest.mark.parametrize("at", [24, 52], ids=["latent", "weights"])
+def test_a_killed_search_of_weights_goes_on_from_its_checkpoint(gias, two, tmp_path, at):
+    path = tmp_path / "search.npz"
+
+    def attack(options=GIAS, **rest):
+        return attack_gias(jax.random.key(3), two, PRIOR, options=options, **rest)
+
+    again, told = _resumed(attack, path, at)
+    assert at < told[0] <= at + 8  # it did not start anew
+    assert told[-1] == 100
+    assert again.stats["stage_distances"] == gias.stats["stage_distances"]
+    assert again.stats["stage_curves"] == gias.stats["stage_curves"]
+    np.testing.assert_array_equal(again.images, gias.images)
+    other = dataclasses.replace(GIAS, gias_weight_rate=0.1)
+    with pytest.raises(CheckpointError, match="another search"):
+        attack(run_options=RunOptions(checkpoint=path), options=other)
 
 
 def test_time_ends_both_phases(two):
@@ -230,6 +269,38 @@ def test_ggl_finds_a_planted_image_where_random_search_does_not(planted, monkeyp
     assert found.history.frame_steps[-1] == 60
     np.testing.assert_array_equal(found.history.frames[-1], found.images)
     assert found.stats["cosine_distance"] < random.stats["cosine_distance"]
+
+
+@pytest.mark.parametrize("at", [6, 17], ids=["first", "second"])
+def test_a_killed_search_without_derivatives_goes_on(planted, tmp_path, at):
+    short = dataclasses.replace(GGL, ggl_rounds=12, ggl_restarts=2, ggl_population=10)
+    path, pictures = tmp_path / "search.npz", tmp_path / "pictures"
+
+    def attack(options=short, **rest):
+        return attack_ggl(jax.random.key(3), planted[0], PRIOR, options=options, **rest)
+
+    whole = attack(run_options=RunOptions(dump=pictures))
+    assert [file.name for file in pictures.iterdir()] == ["stage-0.png"]
+    again, told = _resumed(attack, path, at)
+    assert told == list(range(at - at % 4 + 1, 25))  # it did not start anew
+    for name in ("stage_distances", "stage_curves", "evaluations", "begun_anew", "restart"):
+        assert again.stats[name] == whole.stats[name]
+    np.testing.assert_array_equal(again.images, whole.images)
+    assert again.history is not None
+    assert whole.history is not None
+    np.testing.assert_array_equal(again.history.frames, whole.history.frames)
+    np.testing.assert_array_equal(again.history.frame_steps, whole.history.frame_steps)
+    once_more = attack(run_options=RunOptions(checkpoint=path), progress=_never)
+    np.testing.assert_array_equal(once_more.images, whole.images)
+    with pytest.raises(CheckpointError, match="another search"):
+        attack(options=GGL, run_options=RunOptions(checkpoint=path))
+    path.write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="no checkpoint"):
+        attack(run_options=RunOptions(checkpoint=path))
+
+
+def _never(*words):
+    pytest.fail(f"a finished search went on: {words}")
 
 
 def test_ggl_reads_what_was_removed_off_the_update(planted):

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jgia.attacks.gifd.drive import Group, resolve_driver
 from jgia.attacks.gifd.matching import stack
+from jgia.attacks.gifd.plan import FeaturePlan
 from jgia.attacks.gifd.prepare import TrainedGenerator, prepare
 from jgia.attacks.gifd.result import reconstruction
 from jgia.attacks.gifd.run import Progress, Run
@@ -209,11 +210,14 @@ def _run(
     if run_options.checkpoint is not None:
         statics = prior.generator, chosen, victim, groups[0].matching.threat_model
         mark = digest(statics, (prior.params, groups), key)
-    return Run(
+    plan = FeaturePlan(
         generator=prior.generator,
-        params=prior.params,
+        generator_params=prior.params,
         settings=chosen,
         factor=prior.generator.resolution // victim.input_shape[0],
+    )
+    return Run(
+        plan=plan,
         driver=resolve_driver(performance.driver),
         options=run_options,
         mark=mark,

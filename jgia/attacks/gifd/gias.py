@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,12 @@ from jgia.attacks.gifd import drive, stages
 from jgia.attacks.gifd.drive import Group
 from jgia.attacks.gifd.prepare import TrainedGenerator, prepare
 from jgia.attacks.gifd.result import reconstruction
-from jgia.attacks.gifd.run import Progress, StageResult
+from jgia.attacks.gifd.run import Progress, Run, StageResult
 from jgia.attacks.gifd.settings import Settings
-from jgia.attacks.gifd.stages import Anchor, Stage, State, Weights, make_stage
+from jgia.attacks.gifd.stages import Anchor, Point, Stage, Weights, make_stage
+from jgia.attacks.gradient_matching.checkpoint import digest
 from jgia.config.gifd_baselines import GiasOptions
+from jgia.config.gradient_matching import RunOptions
 from jgia.config.performance import PerformanceFlags
 from jgia.generators.protocol import GeneratorState, Side, StagedGenerator
 from jgia.observation import Observation, Reconstruction
@@ -29,8 +30,6 @@ from jgia.observation import Observation, Reconstruction
 PyTree = Any
 
 _DROPS = (3 / 8, 5 / 8, 7 / 8)  # parts of a phase after which the learning rate is a tenth
-_STRETCH, _STRETCH_TIMED = 100, 5  # steps between looks at the clock
-_NO_BALLS = (math.inf, math.inf, math.inf)
 
 
 def attack_gias(
@@ -40,6 +39,7 @@ def attack_gias(
     *,
     options: GiasOptions | None = None,
     performance: PerformanceFlags | None = None,
+    run_options: RunOptions | None = None,
     num_examples: int | None = None,
     generator_labels: ArrayLike | None = None,
     start_side: Side | None = None,
@@ -60,6 +60,8 @@ def attack_gias(
       options: see :class:`~jgia.config.gifd_baselines.GiasOptions`.
       performance: searches at once (``microbatch``; one on CPU, where copies of weights gain
         nothing from company, and all elsewhere when left out), driver.
+      run_options: as for :func:`jgia.attacks.gifd.attack`. A checkpoint in the second phase holds
+        three times the weights of every copy.
       num_examples: how many images to search for where the threat model does not tell.
       generator_labels: (B,) classes that a conditional generator is given.
       start_side: side inputs to start from, every leaf (restarts, B, ...).
@@ -73,8 +75,9 @@ def attack_gias(
       ValueError: as :func:`jgia.attacks.gifd.attack`; before any step.
 
     Guarantees:
-      The same key gives the same bits on the same device (without a budget of seconds). A step from
-      or to numbers that are not finite is not taken, nor any after it in that phase.
+      The same key gives the same bits on the same device, whether the run was interrupted and
+      resumed from its checkpoint or not (without a budget of seconds). A step from or to numbers
+      that are not finite is not taken, nor any after it in that phase.
 
     Edge cases:
       Memory: weights, two moments and the start for every copy. One copy per restart serves all
@@ -89,45 +92,39 @@ def attack_gias(
     Departures: the better of the two phases is returned, not always the second.
     """
     options = options or GiasOptions()
-    performance = performance or PerformanceFlags()
+    performance, run_options = performance or PerformanceFlags(), run_options or RunOptions()
     chosen = _settings(options)
     client = prepare(key, observation, prior, chosen, num_examples, generator_labels, start_side)
     alone = 1 if jax.default_backend() == "cpu" else chosen.restarts
     size = performance.microbatch or alone
-    generator, factor = (
-        prior.generator,
-        prior.generator.resolution // observation.victim.input_shape[0],
-    )
-    steps = options.gias_latent_steps, options.gias_weight_steps
-    search = _Search(
-        weights=Weights(options.gias_tv, 0.0),
-        driver=drive.resolve_driver(performance.driver),
-        total=sum(steps),
-        budget=options.gias_budget_seconds,
-        progress=progress,
-    )
-
-    def stage(generator: StagedGenerator, side: Side, chosen: Settings) -> Stage:
-        one = jax.tree.map(lambda leaf: leaf[0], side)
-        return make_stage(generator, 0, one, chosen, factor)
-
     groups = [
         Group(
             client.matching, jax.tree.map(lambda leaf, i=i: leaf[i : i + size], client.side), None
         )
         for i in range(0, chosen.restarts, size)
     ]
-    first = stage(generator, groups[0].side, chosen)
-    latent, sides = search(first, prior.params, groups, steps[0], options.gias_latent_rate)
-    copies = 1 if options.gias_copies == "restart" else len(client.matching.labels)
-    groups = [
-        Group(client.matching, _with_weights(prior.params, side, copies), None) for side in sides
-    ]
-    second = stage(Reweighted(generator), groups[0].side, dataclasses.replace(chosen, search="all"))
-    weights, _ = search(second, (), groups, steps[1], options.gias_weight_rate)
+    plan = _Plan(
+        prior=prior,
+        options=options,
+        settings=chosen,
+        factor=prior.generator.resolution // observation.victim.input_shape[0],
+        copies=1 if options.gias_copies == "restart" else len(client.matching.labels),
+    )
+    mark = ""
+    if run_options.checkpoint is not None:
+        statics = prior.generator, options, observation.victim, observation.threat_model
+        mark = digest(statics, (prior.params, groups), key)
+    run = Run(
+        plan=plan,
+        driver=drive.resolve_driver(performance.driver),
+        options=run_options,
+        mark=mark,
+        progress=progress,
+    )
+    latent, weights = run(groups)
     results = [latent, _WeightResult(**vars(weights))]
     found = reconstruction(client, results, range(chosen.restarts), chosen, prior.name)
-    stopped = any(r.losses.shape[1] < n for r, n in zip(results, steps, strict=True))
+    stopped = any(r.losses.shape[1] < n for r, n in zip(results, plan.steps, strict=True))
     stats = {"settings": dataclasses.asdict(options), "stopped_early": stopped}
     return dataclasses.replace(found, stats={**found.stats, **stats})
 
@@ -248,100 +245,51 @@ class _WeightResult(StageResult):
         return "generator weights"
 
 
-class _Search:
-    """Runs the phases, one call for each, against one clock."""
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Plan:
+    """Latent codes, then weights; satisfies :class:`~jgia.attacks.gifd.plan.Plan`."""
 
-    def __init__(
-        self,
-        *,
-        weights: Weights,
-        driver: Literal["python", "scan"],
-        total: int,
-        budget: float | None,
-        progress: Progress | None,
-    ) -> None:
-        self.weights, self.total = weights, total
-        self.driver: Literal["python", "scan"] = driver
-        self.budget, self.progress = budget, progress
-        self.seconds, self.done, self.least = 0.0, 0, math.inf
+    prior: TrainedGenerator
+    options: GiasOptions
+    settings: Settings
+    factor: int
+    copies: int
 
-    def __call__(
-        self, stage: Stage, params: PyTree, groups: list[Group], steps: int, rate: float
-    ) -> tuple[StageResult, list[Side]]:
-        """A phase: its result, and the groups' side inputs at its end."""
-        share = math.inf
-        if self.budget is not None:
-            share = max(self.budget - self.seconds, 0.0) * steps / (self.total - self.done)
-        begun = [drive.begin(stage, group.side, group.state, _NO_BALLS) for group in groups]
-        searches = [_Begun(group, *pair) for group, pair in zip(groups, begun, strict=True)]
-        losses = np.zeros((sum(len(s.state.alive) for s in searches), 0), np.float32)
-        spent = pace = 0.0
-        stretch = _STRETCH if self.budget is None else _STRETCH_TIMED
-        while (done := losses.shape[1]) < steps and not (done and spent >= share):
-            count = min(stretch, steps - done)
-            ahead = np.arange(count)
-            parts = np.maximum((done + ahead) / steps, (spent + ahead * pace) / max(share, 1e-9))
-            rates = step_rates(parts, rate)
-            began = time.monotonic()
-            columns = []
-            for i, (group, anchor, state) in enumerate(searches):
-                state, values = drive.advance(
-                    stage,
-                    self.weights,
-                    params,
-                    group.matching,
-                    anchor,
-                    state,
-                    rates,
-                    driver=self.driver,
-                )
-                searches[i] = _Begun(group, anchor, state)
-                columns.append(values)
-            took = time.monotonic() - began
-            pace = took / count if done else 0.0  # the first steps compile
-            spent += took
-            losses = np.concatenate([losses, np.concatenate(columns)], axis=1)
-            self._tell(self.done + losses.shape[1], losses)
-        self.done, self.seconds = self.done + steps, self.seconds + spent
-        return self._result(stage, params, searches, losses, spent)
+    @property
+    def steps(self) -> tuple[int, ...]:
+        return self.options.gias_latent_steps, self.options.gias_weight_steps
 
-    def _result(
-        self,
-        stage: Stage,
-        params: PyTree,
-        searches: list[_Begun],
-        losses: np.ndarray,
-        seconds: float,
-    ) -> tuple[StageResult, list[Side]]:
-        images = [drive.images(stage, params, s.anchor, s.state.point) for s in searches]
-        fits = [
-            drive.distances(self.weights, s.group.matching, pixels)
-            for s, pixels in zip(searches, images, strict=True)
-        ]
-        sides = [stages.inputs_of(stage, s.anchor, s.state.point)[0] for s in searches]
-        result = StageResult(
-            distances=np.concatenate(jax.device_get(fits)),
-            images=np.concatenate(jax.device_get(images)).astype(np.float32),
-            losses=losses,
-            alive=np.concatenate([np.asarray(s.state.alive) for s in searches]),
-            shape=(),
-            seconds=seconds,
-        )
-        return result, sides
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.options.gias_tv, 0.0)
 
-    def _tell(self, now: int, losses: np.ndarray) -> None:
-        finite = losses[np.isfinite(losses)]
-        self.least = min(self.least, float(finite.min())) if finite.size else self.least
-        if self.progress is not None:
-            self.progress(now, self.total, self.least)
+    @property
+    def budget_seconds(self) -> float | None:
+        return self.options.gias_budget_seconds
 
+    def stage(self, index: int, side: Side) -> Stage:
+        # Both are stage 0 of a generator: no features enter.
+        if not index:
+            return make_stage(self.prior.generator, 0, side, self.settings, self.factor)
+        every = dataclasses.replace(self.settings, search="all")
+        return make_stage(Reweighted(self.prior.generator), 0, side, every, self.factor)
 
-class _Begun(NamedTuple):
-    """A group on its way."""
+    def params(self, index: int) -> PyTree:
+        return () if index else self.prior.params
 
-    group: Group
-    anchor: Anchor
-    state: State
+    def inputs(self, index: int, side: Side) -> Side:
+        return _with_weights(self.prior.params, side, self.copies) if index else side
+
+    def radii(self, index: int) -> tuple[float, float, float]:
+        del index
+        return math.inf, math.inf, math.inf
+
+    def rates(self, index: int, parts: np.ndarray) -> np.ndarray:
+        options = self.options
+        return step_rates(parts, options.gias_weight_rate if index else options.gias_latent_rate)
+
+    def leave(self, stage: Stage, anchor: Anchor, point: Point) -> tuple[Side, None]:
+        return stages.inputs_of(stage, anchor, point)[0], None
 
 
 def step_rates(progress: np.ndarray, learning_rate: float) -> np.ndarray:

@@ -17,12 +17,12 @@ from PIL import Image
 from jgia._io import atomic_write, require_writable_folder
 from jgia.attacks.gifd import drive
 from jgia.attacks.gifd.drive import Group
-from jgia.attacks.gifd.settings import Settings, rates
-from jgia.attacks.gifd.stages import Anchor, Stage, State, Weights, make_stage
+from jgia.attacks.gifd.plan import Plan
+from jgia.attacks.gifd.stages import Anchor, Stage, State
 from jgia.attacks.gradient_matching import checkpoint
 from jgia.attacks.gradient_matching.checkpoint import CheckpointError
 from jgia.config.gradient_matching import RunOptions
-from jgia.generators.protocol import GeneratorState, StagedGenerator
+from jgia.generators.protocol import GeneratorState, Side
 
 PyTree = Any
 Progress = Callable[[int, int, float], None]
@@ -61,20 +61,14 @@ class Run:
     """How searches are run; does not change what they find, but for a budget of seconds.
 
     Attributes:
-      generator: whose features are searched.
-      params: its parameters.
-      settings: of the search.
-      factor: the generator's side over the victim's.
+      plan: what is searched.
       driver: of the steps' loop.
       options: what is kept on the way.
       mark: the search's digest, for its checkpoint.
       progress: called after every stretch of steps.
     """
 
-    generator: StagedGenerator
-    params: PyTree
-    settings: Settings
-    factor: int
+    plan: Plan
     driver: Literal["python", "scan"]
     options: RunOptions
     mark: str
@@ -82,21 +76,19 @@ class Run:
 
     def __call__(self, groups: list[Group]) -> list[StageResult]:
         """Take all groups through all stages; resumes from a checkpoint of the same search."""
-        for folder in (self.options.dump, _parent(self.options.checkpoint)):
-            if folder is not None:
-                require_writable_folder(folder)
-        weights = Weights(self.settings.total_variation, self.settings.image_l2)
+        plan, last = self.plan, len(self.plan.steps) - 1
+        check_folders(self.options)
         memory = self._memory(groups)
-        while (index := len(memory.results)) <= self.settings.last_stage:
-            stage = self._stage(memory.groups[0], index)
-            self._search(stage, weights, memory)
+        while (index := len(memory.results)) <= last:
+            stage, params = self._stage(memory.groups[0], index), plan.params(index)
+            self._search(index, stage, memory)
             anchors, states = memory.begun
             images = [
-                drive.images(stage, self.params, anchor, state.point)
+                drive.images(stage, params, anchor, state.point)
                 for anchor, state in zip(anchors, states, strict=True)
             ]
             fits = [
-                drive.distances(weights, group.matching, pixels)
+                drive.distances(plan.weights, group.matching, pixels)
                 for group, pixels in zip(memory.groups, images, strict=True)
             ]
             entering = memory.groups[0].state
@@ -110,32 +102,35 @@ class Run:
                     seconds=memory.seconds - memory.stage_began,
                 )
             )
-            self._dump(index, memory.results[-1].images)
-            if index < self.settings.last_stage:
+            if self.options.dump is not None:
+                draw_images(self.options.dump / f"stage-{index}.png", memory.results[-1].images)
+            if index < last:
                 for i, (anchor, state) in enumerate(zip(anchors, states, strict=True)):
-                    side, after = drive.leave(stage, self.params, anchor, state.point)
+                    side, after = plan.leave(stage, anchor, state.point)
                     memory.groups[i] = Group(memory.groups[i].matching, side, after)
             memory.next_stage()
             self._save(memory)
         return memory.results
 
     def _stage(self, group: Group, index: int) -> Stage:
-        one = jax.tree.map(lambda leaf: leaf[0], group.side)
-        return make_stage(self.generator, index, one, self.settings, self.factor)
+        def one(side: Side) -> Side:
+            return jax.tree.map(lambda leaf: leaf[0], self.plan.inputs(index, side))
 
-    def _search(self, stage: Stage, weights: Weights, memory: _Memory) -> None:
+        return self.plan.stage(index, jax.eval_shape(one, group.side))
+
+    def _search(self, index: int, stage: Stage, memory: _Memory) -> None:
         """Advance all groups to the stage's end."""
-        settings, options = self.settings, self.options
-        total = settings.steps_of(stage.index)
+        plan, options = self.plan, self.options
+        total, params = plan.steps[index], plan.params(index)
         if not memory.begun[0]:
-            memory.begun = self._begin(stage, memory.groups)
+            memory.begun = self._begin(index, stage, memory.groups)
         anchors, states = memory.begun
         stretch = min(options.report_every, total)
         share = math.inf
-        if settings.budget_seconds is not None:
+        if plan.budget_seconds is not None:
             stretch = min(stretch, _STEPS_BETWEEN_CLOCKS)
-            left = settings.budget_seconds - memory.stage_began
-            share = max(left, 0.0) / (settings.last_stage + 1 - stage.index)
+            left = max(plan.budget_seconds - memory.stage_began, 0.0)
+            share = left * total / sum(plan.steps[index:])
         pace = 0.0  # seconds of a step
         while (done := memory.losses.shape[1]) < total:
             spent = memory.seconds - memory.stage_began
@@ -149,12 +144,12 @@ class Run:
             for i, group in enumerate(memory.groups):
                 states[i], values = drive.advance(
                     stage,
-                    weights,
-                    self.params,
+                    plan.weights,
+                    params,
                     group.matching,
                     anchors[i],
                     states[i],
-                    rates(np.minimum(parts, 1), settings.learning_rate),
+                    plan.rates(index, np.minimum(parts, 1)),
                     driver=self.driver,
                 )
                 losses.append(values)
@@ -168,29 +163,24 @@ class Run:
                 self._save(memory)
             self._tell(memory, now)
 
-    def _begin(self, stage: Stage, groups: Sequence[Group]) -> tuple[list[Anchor], list[State]]:
-        radii = self.settings.radii_of(stage.index)
-        begun = [drive.begin(stage, group.side, group.state, radii) for group in groups]
+    def _begin(
+        self, index: int, stage: Stage, groups: Sequence[Group]
+    ) -> tuple[list[Anchor], list[State]]:
+        plan, radii = self.plan, self.plan.radii(index)
+        begun = [
+            drive.begin(stage, plan.inputs(index, group.side), group.state, radii)
+            for group in groups
+        ]
         return [anchor for anchor, _ in begun], [state for _, state in begun]
 
     def _tell(self, memory: _Memory, now: int) -> None:
         if self.progress is None:
             return
-        last = self.settings.last_stage
-        lengths = [self.settings.steps_of(k) for k in range(last + 1)]
+        lengths = self.plan.steps
         curves = [result.losses for result in memory.results] + [memory.losses]
         finite = [curve[np.isfinite(curve)] for curve in curves]
         least = min((float(curve.min()) for curve in finite if curve.size), default=math.inf)
         self.progress(sum(lengths[: len(memory.results)]) + now, sum(lengths), least)
-
-    def _dump(self, index: int, images: np.ndarray) -> None:
-        """One picture: searches from top to bottom, images from left to right."""
-        if self.options.dump is None:
-            return
-        rows = [np.concatenate(list(row), axis=1) for row in images]
-        pixels = np.round(np.nan_to_num(np.concatenate(rows)) * 255).astype(np.uint8)
-        with atomic_write(self.options.dump / f"stage-{index}.png") as file:
-            Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
 
     def _memory(self, groups: list[Group]) -> _Memory:
         memory = _Memory(list(groups))
@@ -222,8 +212,9 @@ class Run:
             side = _restored(group.side, stored, f"group/{i}/side")
             memory.groups[i] = Group(group.matching, side, state)
         if memory.losses.shape[1]:
-            stage = self._stage(memory.groups[0], len(memory.results))
-            anchors, states = self._begin(stage, memory.groups)
+            index = len(memory.results)
+            stage = self._stage(memory.groups[0], index)
+            anchors, states = self._begin(index, stage, memory.groups)
             states = [
                 _restored(state, stored, f"group/{i}/search") for i, state in enumerate(states)
             ]
@@ -269,8 +260,24 @@ class _Memory:
 _FIELDS = ("distances", "images", "losses", "alive", "shape", "seconds")
 
 
-def _parent(path: Path | None) -> Path | None:
-    return None if path is None else path.parent
+def check_folders(options: RunOptions) -> None:
+    """Make the folders that a run writes into.
+
+    Raises:
+      ValueError: one cannot be written.
+    """
+    parent = None if options.checkpoint is None else options.checkpoint.parent
+    for folder in (options.dump, parent):
+        if folder is not None:
+            require_writable_folder(folder)
+
+
+def draw_images(path: Path, images: np.ndarray) -> None:
+    """One picture of (S, B, H, W, C): searches from top to bottom, images from left to right."""
+    rows = [np.concatenate(list(row), axis=1) for row in images]
+    pixels = np.round(np.nan_to_num(np.concatenate(rows)) * 255).astype(np.uint8)
+    with atomic_write(path) as file:
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, "PNG")
 
 
 def _named(tree: PyTree, prefix: str) -> dict[str, np.ndarray]:
