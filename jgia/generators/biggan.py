@@ -17,7 +17,7 @@ from jax import Array
 
 from jgia import _checks
 from jgia.generators.biggan_layers import FIRST_RESOLUTION, Blocks, Head, Layer
-from jgia.generators.protocol import GeneratorState, Side
+from jgia.generators.protocol import GeneratorState, Side, checked_stop
 
 PyTree = Any
 
@@ -172,15 +172,7 @@ class BigGAN:
         stop: int | None = None,
     ) -> GeneratorState:
         """Blocks ``start`` to ``stop - 1``; see :class:`StagedGenerator`."""
-        stop = self.num_blocks if stop is None else stop
-        if not 0 <= start <= stop <= self.num_blocks or (state is None) != (start == 0):
-            raise ValueError(
-                f"run enters block 0 without a state or a later one with it, and ends at most at "
-                f"{self.num_blocks}; got start={start}, stop={stop}, state="
-                f"{'None' if state is None else 'given'}."
-            )
-        if stop == 0:
-            raise ValueError("run must pass a block or be given a state; got start=0, stop=0.")
+        stop = checked_stop(self.num_blocks, state, start, stop)
         if start == stop and state is not None:
             return state
         variables = {"params": params["blocks"], "statistics": params["statistics"]["blocks"]}

@@ -72,8 +72,11 @@ class StagedGenerator(Protocol):
     ) -> GeneratorState:
         """What leaves block ``stop - 1`` when ``state`` enters block ``start``.
 
-        ``state`` is ``None`` at the start 0; ``stop`` is ``num_blocks`` when left out. Nothing
-        below ``start`` is computed.
+        ``state`` is ``None`` at the start 0; ``stop`` is ``num_blocks`` when left out, and at least
+        1. Nothing below ``start`` is computed; with ``stop == start``, ``state`` is returned.
+
+        Raises:
+          ValueError: there are no such blocks, or a state is missing or given where none enters.
         """
         ...
 
@@ -88,3 +91,21 @@ class StagedGenerator(Protocol):
         features that enter block k as well.
         """
         ...
+
+
+def checked_stop(
+    num_blocks: int, state: GeneratorState | None, start: int, stop: int | None
+) -> int:
+    """Where a run ends, ``num_blocks`` when left out: for what implements the protocol.
+
+    Raises:
+      ValueError: there are no such blocks, or a state is missing or given where none enters.
+    """
+    end = num_blocks if stop is None else stop
+    if not 0 <= start <= end <= num_blocks or (state is None) != (start == 0) or end == 0:
+        raise ValueError(
+            "run enters block 0 without a state, or a later one with what left the one before: "
+            f"0 <= start <= stop <= {num_blocks} and stop >= 1; got start={start}, stop={end}, "
+            f"state={'None' if state is None else 'given'}."
+        )
+    return end

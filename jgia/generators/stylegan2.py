@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,7 +27,7 @@ from jgia.generators.layers import (
     normalize_second_moment,
     upsample,
 )
-from jgia.generators.protocol import GeneratorState, Side
+from jgia.generators.protocol import GeneratorState, Side, checked_stop
 
 PyTree = Any
 StyleStart = Literal["mapped", "gaussian"]
@@ -194,13 +195,7 @@ class StyleGAN2:
         stop: int | None = None,
     ) -> GeneratorState:
         """Blocks ``start`` to ``stop - 1``; see :class:`StagedGenerator`."""
-        stop = self.num_blocks if stop is None else stop
-        if not 0 <= start <= stop <= self.num_blocks or (state is None) != (start == 0):
-            raise ValueError(
-                f"run enters block 0 without a state or a later one with it, and ends at most at "
-                f"{self.num_blocks}; got start={start}, stop={stop}, state="
-                f"{'None' if state is None else 'given'}."
-            )
+        stop = checked_stop(self.num_blocks, state, start, stop)
         if start == stop and state is not None:
             return state
         return self._synthesis.apply(  # pyright: ignore[reportReturnType]
@@ -247,9 +242,9 @@ class MappingNetwork(nn.Module):
         x = normalize_second_moment(latents)
         if self.num_classes:
             assert labels is not None
-            hot = jax.nn.one_hot(labels, self.num_classes)
+            hot = jax.nn.one_hot(labels, self.num_classes, dtype=x.dtype)
             # One-hot rows have one entry: undo the 1 / sqrt(fan in) that all would need.
-            embedded = Dense(self.features, name="embed")(hot * jnp.sqrt(self.num_classes))
+            embedded = Dense(self.features, name="embed")(hot * math.sqrt(self.num_classes))
             x = jnp.concatenate([x, normalize_second_moment(embedded)], axis=-1)
         for i in range(self.num_layers):
             x = activate(Dense(self.features, rate=_MAPPING_RATE, name=f"dense{i}")(x))

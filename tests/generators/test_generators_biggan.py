@@ -307,5 +307,5 @@ def test_no_image_is_carried_beside_the_features(params, sides):
     side = sides(TINY, params, 1, jnp.zeros(1, "int32"))
     state = jax.eval_shape(lambda: TINY.run(params, side, None, stop=2))
     assert state.image is None
-    with pytest.raises(ValueError, match="pass a block"):
+    with pytest.raises(ValueError, match="stop >= 1"):
         TINY.run(params, side, None, stop=0)

@@ -132,8 +132,17 @@ def test_entered_with_or_without_a_state(case):
         generator.run(params, side, states[0])
     with pytest.raises(ValueError, match="state=None"):
         generator.run(params, side, None, start=1)
-    with pytest.raises(ValueError, match="ends at most"):
+    with pytest.raises(ValueError, match=f"<= {generator.num_blocks} and stop >= 1"):
         generator.run(params, side, None, stop=generator.num_blocks + 1)
+    with pytest.raises(ValueError, match="start=-1"):
+        generator.run(params, side, states[0], start=-1)
+    with pytest.raises(ValueError, match="stop=-1"):
+        generator.run(params, side, None, stop=-1)
+    with pytest.raises(ValueError, match="start=0, stop=0, state=None"):
+        generator.run(params, side, None, stop=0)
+    with pytest.raises(ValueError, match=f"start={generator.num_blocks + 1}"):
+        generator.run(params, side, states[-1], start=generator.num_blocks + 1)
+    assert generator.run(params, side, states[-1], start=generator.num_blocks) is states[-1]
     with pytest.raises(ValueError, match="start=2, stop=1"):
         generator.run(params, side, states[1], start=2, stop=1)
     assert generator.run(params, side, states[0], start=1, stop=1) is states[0]
