@@ -28,7 +28,8 @@ def augment(key: Array, images: Array, probability: Array | float = 1.0) -> Arra
     """
     for function in (_color, _translate, _cut_out):
         key, key_on, key_function = jax.random.split(key, 3)
-        on = jax.random.uniform(key_on, (len(images), 1, 1, 1)) < probability
+        drawn = jax.random.uniform(key_on, (len(images), 1, 1, 1), "float32")
+        on = drawn < jnp.asarray(probability, drawn.dtype)
         images = jnp.where(on, function(key_function, images), images)
     return images
 

@@ -68,8 +68,9 @@ class Discriminator(nn.Module):
         if not sizes.num_classes:
             return Dense(1, name="logit")(x)[:, 0]
         assert labels is not None
-        hot = jax.nn.one_hot(labels, sizes.num_classes) * math.sqrt(sizes.num_classes)
-        vector = normalize_second_moment(Dense(width, name="embed")(hot))
+        hot = jax.nn.one_hot(labels, sizes.num_classes, dtype=x.dtype)
+        embedded = Dense(width, name="embed")(hot * math.sqrt(sizes.num_classes))
+        vector = normalize_second_moment(embedded)
         return jnp.sum(Dense(width, name="logit")(x) * vector, axis=-1) / math.sqrt(width)
 
 

@@ -90,6 +90,17 @@ def test_a_conditional_logit_is_a_projection_on_the_vector_of_the_class(filled):
     assert float(np.abs(other - tables[0]).max()) > 1e-3
 
 
+def test_a_conditional_discriminator_judges_with_float64_on(filled):
+    network, variables = _network(filled, num_classes=3)
+    images, labels = RNG.normal(size=(3, 8, 8, 3)), jnp.array([2, 0, 1])
+    logits = _apply(network)(variables, images, labels)
+    assert logits.dtype == jnp.float32
+    with jax.enable_x64(False):
+        single = jax.tree.map(lambda leaf: leaf.astype("float32"), variables)
+        expected = _apply(network)(single, images.astype("float32"), np.asarray(labels, "int32"))
+    np.testing.assert_allclose(logits, expected, rtol=1e-4)
+
+
 @pytest.mark.usefixtures("single_precision")
 def test_bfloat16_ends_in_single_precision(filled):
     network, variables = _network(filled, dtype="bfloat16")
