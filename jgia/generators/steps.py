@@ -25,6 +25,7 @@ _PLAIN_GROUP, _RESIDUAL_GROUP = 32, 4
 _ADAPTIVE_IMAGES = 500_000  # shown until the probability could have moved by one
 _ADAPTIVE_MEMORY = 0.9
 _PATH_MEMORY = 0.01
+_PATH_SHRINK = 2  # path lengths are those of one image in so many
 _RAMP = 0.05
 
 
@@ -66,7 +67,14 @@ class GanInfo(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
-    """Both networks and how they are trained: the static part of a step."""
+    """Both networks and how they are trained: the static part of a step.
+
+    Attributes:
+      generator: what is trained.
+      discriminator: what it is trained against.
+      options: what a step does. ``kimg``, the length of training, is left at its default: runs of
+        any length share one compiled step.
+    """
 
     generator: StyleGAN2
     discriminator: Discriminator
@@ -89,7 +97,7 @@ class Networks:
         size, labels = self.generator.resolution, None
         if self.generator.num_classes:
             labels = jnp.zeros(1, jnp.int32)
-        image = jnp.zeros((1, size, size, self.generator.channels))
+        image = jnp.zeros((1, size, size, self.generator.channels), "float32")
         discriminator = self.discriminator.init(key_discriminator, image, labels)["params"]
         return GanState(
             generator=generator,
@@ -97,9 +105,9 @@ class Networks:
             average=jax.tree.map(jnp.copy, generator),
             generator_optimizer=self.generator_optimizer().init(generator),
             discriminator_optimizer=self.discriminator_optimizer().init(discriminator),
-            probability=jnp.zeros(()),
-            sign=jnp.zeros(()),
-            path_length=jnp.zeros(()),
+            probability=jnp.zeros((), "float32"),
+            sign=jnp.zeros((), "float32"),
+            path_length=jnp.zeros((), "float32"),
             step=jnp.zeros((), jnp.int32),
         )
 
@@ -110,11 +118,19 @@ def make_networks(
     """The networks that options describe.
 
     Args:
-      options: see :class:`~jgia.config.prior.PriorOptions`.
+      options: see :class:`~jgia.config.prior.PriorOptions`; those of a whole run will do.
       channels: of an image.
       num_classes: of the images; used where the prior is conditional.
       accelerated: whether ``precision="auto"`` is bfloat16.
+
+    Returns:
+      The networks, equal for options that differ in the length of training alone.
     """
+    kept: dict[str, Any] = {
+        f.name: getattr(options, f.name) for f in dataclasses.fields(PriorOptions)
+    }
+    kept["kimg"] = PriorOptions.kimg
+    options = PriorOptions(**kept)
     names = ("resolution", "base", "max_features", "latent_dim", "style_dim", "mapping_layers")
     given = {name: getattr(options, name) for name in names}
     precision = options.precision
@@ -162,7 +178,8 @@ def train_step(
     References:
       Non-saturating loss: Goodfellow et al. 2014. R1: Mescheder et al. 2018 (arXiv 1801.04406),
       eq. 9. Lazy penalties and path lengths: Karras et al. 2020 (arXiv 1912.04958), sections 3.1
-      and 3.2. Adaptive probability: Karras et al. 2020 (arXiv 2006.06676), section 3.
+      and 3.2; as in their code, path lengths are those of half of the batch (at least one image).
+      Adaptive probability: Karras et al. 2020 (arXiv 2006.06676), section 3.
     """
     options = networks.options
     keys = jax.random.split(jax.random.fold_in(key, state.step), 8)
@@ -237,7 +254,7 @@ def _fakes(
     """Random images, and the styles they are made from."""
     generator, batch = networks.generator, networks.options.prior_batch
     key_latent, key_noise = jax.random.split(key)
-    latents = jax.random.normal(key_latent, (batch, generator.latent_dim))
+    latents = jax.random.normal(key_latent, (batch, generator.latent_dim), "float32")
     styles = generator.broadcast(generator.map(params, latents, labels))
     return _synthesized(networks, params, styles, key_noise), styles
 
@@ -279,7 +296,7 @@ def _discriminator_loss(
         logits = _judge(networks, params, state, x, labels, keys[0])
         return logits.sum(), logits
 
-    penalty, weighted = jnp.full((), jnp.nan), jnp.zeros(())
+    penalty, weighted = jnp.full((), jnp.nan, "float32"), jnp.zeros((), "float32")
     if r1 and options.r1_gamma:
         slope, logits = jax.grad(logits_of_real, has_aux=True)(real)
         penalty = jnp.square(slope).sum(axis=(1, 2, 3)).mean()
@@ -305,13 +322,15 @@ def _generator_loss(
     logits = _judge(networks, state.discriminator, state, fake, labels, keys[1])
     loss = jax.nn.softplus(-logits).mean()
     if not (path_length and options.path_length_weight):
-        return loss, (state.path_length, jnp.full((), jnp.nan))
-    direction = jax.random.normal(keys[2], fake.shape) / math.sqrt(fake[0, ..., 0].size)
+        return loss, (state.path_length, jnp.full((), jnp.nan, "float32"))
+    some = max(1, len(fake) // _PATH_SHRINK)
+    shape = (some, *fake.shape[1:])
+    direction = jax.random.normal(keys[2], shape, "float32") / math.sqrt(fake[0, ..., 0].size)
 
     def along(styles: Array) -> Array:
         return jnp.vdot(direction, _synthesized(networks, params, styles, keys[3]))
 
-    lengths = jnp.sqrt(jnp.square(jax.grad(along)(styles)).sum(axis=-1).mean(axis=(1, 2)))
+    lengths = jnp.sqrt(jnp.square(jax.grad(along)(styles[:some])).sum(axis=-1).mean(axis=(1, 2)))
     mean = jax.lax.stop_gradient(
         state.path_length + _PATH_MEMORY * (lengths.mean() - state.path_length)
     )
@@ -324,7 +343,9 @@ def _averaged(options: PriorOptions, state: GanState, generator: PyTree) -> PyTr
     seen = (jnp.asarray(state.step, "float32") + 1) * options.prior_batch
     half_life = jnp.minimum(options.ema_kimg * 1000, _RAMP * seen)
     kept = 0.5 ** (options.prior_batch / half_life)
-    return jax.tree.map(lambda a, g: g + kept * (a - g), state.average, generator)
+    return jax.tree.map(
+        lambda a, g: g + jnp.asarray(kept, g.dtype) * (a - g), state.average, generator
+    )
 
 
 def _adapted(options: PriorOptions, state: GanState, sign: Array) -> dict[str, Array]:

@@ -120,9 +120,6 @@ def train_generator(
       went on from its checkpoint. With several devices the batch is divided among them.
     """
     options = options or PriorOptions()
-    options = PriorOptions(
-        **{f.name: getattr(options, f.name) for f in dataclasses.fields(PriorOptions)}
-    )
     networks = make_networks(
         options,
         channels=dataset.image_shape[2],
@@ -130,7 +127,8 @@ def train_generator(
         accelerated=jax.default_backend() != "cpu",
     )
     _check(networks, dataset)
-    run = _Run(key, networks, dataset, progress or (lambda stage, done, total: None))
+    total = math.ceil(1000 * options.kimg / options.prior_batch)
+    run = _Run(key, networks, dataset, total, progress or (lambda stage, done, total: None))
     state, history = run.start(checkpoint)
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     while run.done(state) < run.total and time.monotonic() < deadline:
@@ -180,11 +178,11 @@ class _Run:
         key: PRNGKeyArray,
         networks: Networks,
         dataset: Dataset,
+        total: int,
         progress: Callable[[str, int, int], None],
     ) -> None:
         self._key_init, self._key_steps, self._key_styles = jax.random.split(key, 3)
-        self._networks, self._progress = networks, progress
-        self.total = math.ceil(1000 * networks.options.kimg / networks.options.prior_batch)
+        self._networks, self._progress, self.total = networks, progress, total
         images = np.asarray(dataset.images)
         if images.dtype != np.uint8:
             images = np.round(255 * np.clip(images, 0, 1)).astype(np.uint8)

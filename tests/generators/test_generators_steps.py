@@ -1,5 +1,6 @@
 """One step of adversarial training: penalties against explicit sums, averages, the same bits."""
 
+import dataclasses
 import functools
 import os
 import subprocess
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jgia.config.prior import TrainPriorConfig
 from jgia.generators import steps
 from jgia.generators.steps import GanState, make_networks, train_step
 
@@ -151,8 +153,8 @@ def test_path_lengths_are_those_of_an_explicit_loop(setting):
     def drawn():
         inner = jax.random.wrap_key_data(keys)
         styles = steps._fakes(networks, state.generator, inner[0], classes)[1]
-        direction = jax.random.normal(inner[2], (4, 8, 8, 3))
-        return styles, direction, generator.draw_noise(inner[3], 4)
+        direction = jax.random.normal(inner[2], (2, 8, 8, 3))  # half of the batch
+        return styles, direction, generator.draw_noise(inner[3], 2)
 
     @jax.jit
     def pulled_back(style, noise, direction):
@@ -164,7 +166,7 @@ def test_path_lengths_are_those_of_an_explicit_loop(setting):
 
     styles, direction, noise = drawn()
     lengths = []
-    for i in range(4):
+    for i in range(2):
         own = {name: leaf[i : i + 1] for name, leaf in noise.items()}
         slope = np.asarray(pulled_back(styles[i], own, direction[i]), float) / 8  # sqrt(H W)
         lengths.append(np.sqrt(np.square(slope).sum(axis=-1).mean()))
@@ -284,6 +286,62 @@ def test_same_key_same_bits_and_no_second_compilation(setting, stepped):
             jax.tree.leaves(other.generator), jax.tree.leaves(stepped[0].generator), strict=True
         )
     )
+
+
+def test_the_length_of_training_compiles_nothing(setting, stepped, options):
+    networks, state = setting
+    given = dataclasses.replace(networks.options, kimg=7.0)
+    longer = make_networks(given, channels=3, num_classes=3, accelerated=False)
+    assert longer == networks
+    # Nor does what else a run is told.
+    config = TrainPriorConfig(**vars(given), minutes=3.0, seed=4, checkpoint_minutes=1.0)
+    assert make_networks(config, channels=3, num_classes=3, accelerated=False) == networks
+    compiled_step: Any = train_step
+    compiled = compiled_step._cache_size()
+    again = _step(longer, state)
+    assert compiled_step._cache_size() == compiled
+    jax.tree.map(np.testing.assert_array_equal, again, stepped)
+    other = dataclasses.replace(given, ema_kimg=3.0)  # of which a step makes use
+    assert make_networks(other, channels=3, num_classes=3, accelerated=False) != networks
+
+
+def test_a_step_keeps_its_types_with_float64_on(options):
+    with jax.enable_x64(True):
+        given = options(conditional=True, augmentation="adaptive", path_length_weight=5.0)
+        networks = make_networks(given, channels=3, num_classes=3, accelerated=False)
+        state = jax.eval_shape(networks.init, jax.random.key(0))
+        new, info = jax.eval_shape(
+            functools.partial(train_step, networks, mesh=None, r1=True, path_length=True),
+            state,
+            jnp.asarray(IMAGES),
+            jnp.asarray(LABELS),
+            jax.random.key(1),
+        )
+    before, after = (jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), t) for t in (state, new))
+    assert after == before
+    assert {str(leaf.dtype) for leaf in info} == {"float32"}
+
+
+@pytest.mark.parametrize(("batch", "some"), [(1, 1), (4, 2), (5, 2)])
+def test_path_lengths_are_of_half_of_the_images(options, monkeypatch, batch, some):
+    given = options(prior_batch=batch, path_length_weight=1.0)
+    networks = make_networks(given, channels=3, num_classes=3, accelerated=False)
+    state = jax.eval_shape(networks.init, jax.random.key(0))
+    made, synthesized = [], steps._synthesized
+
+    def count(networks, params, styles, key):
+        made.append(len(styles))
+        return synthesized(networks, params, styles, key)
+
+    monkeypatch.setattr(steps, "_synthesized", count)
+    jax.eval_shape(
+        lambda state, key: steps._generator_loss(
+            networks, state.generator, state, None, jax.random.split(key, 4), path_length=True
+        ),
+        state,
+        jax.random.key(0),
+    )
+    assert made == [batch, some]
 
 
 def test_batches_are_images_in_range_half_of_them_mirrored(options):
