@@ -158,10 +158,9 @@ def _scan(
     return jax.lax.scan(step, state, rates)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def images(stage: Stage, params: PyTree, anchor: Anchor, point: Point) -> Array:
-    """(searches, B, H, W, C) pixels in [0, 1]."""
-    return jnp.clip(_rendered(stage, params, anchor, point), 0, 1)
+    """(searches, B, H, W, C) pixels in [0, 1]; compiles nothing after a step from Python."""
+    return jnp.clip(_render(stage, params, anchor, point)[0], 0, 1)
 
 
 def distances(weights: Weights, matching: Matching, pixels: Array) -> Array:
