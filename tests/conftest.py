@@ -7,6 +7,9 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import jax
+import pytest
+
 
 def _quick_to_compile() -> str:
     """Flags for XLA: programs that are compiled three to ten times faster and run slower.
@@ -22,9 +25,6 @@ def _quick_to_compile() -> str:
 
 
 os.environ.setdefault("XLA_FLAGS", _quick_to_compile())
-
-import jax
-import pytest
 
 STRICT = {
     "enable_x64": True,
