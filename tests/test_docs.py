@@ -27,6 +27,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\[[^\]\[]*\]\(([^)\s]+)\)")
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 ELSEWHERE = {  # options of other commands than jgia
+    "--add": "benchmarks/end_to_end.py",
     "--quick": ".ci/run",
     "--device": "benchmarks/gradient_matching.py",
     "--peer-python": "benchmarks/gradient_matching.py",
