@@ -52,11 +52,12 @@ def main() -> None:
     rows = [{**row, "data": dataset(row["data"])} for row in results.rows]
     total = results.num_cells
     if arguments.add is not None:
-        earlier = [row for row in read_csv(arguments.add) if _cell(row) not in map(_cell, rows)]
+        known = {_cell(row) for row in rows}
+        earlier = [row for row in read_csv(arguments.add) if _cell(row) not in known]
         total += len(earlier)
-        rows = sorted([*earlier, *rows], key=lambda row: _order(row, earlier))
-    text = csv_text(rows, results.columns)
-    atomic_write_bytes(arguments.out / "end_to_end.csv", text.encode())
+        rows = sorted([*earlier, *rows], key=lambda row: row["batch"])  # stable: earlier ones first
+    table = csv_text(rows, results.columns)
+    atomic_write_bytes(arguments.out / "end_to_end.csv", table.encode())
     atomic_write_bytes(arguments.out / "end_to_end.md", markdown(results, rows, total).encode())
     harness.write_json(arguments.out / "end_to_end.json", {"machine": harness.machine()})
     print((arguments.out / "end_to_end.md").read_text("utf-8"))
@@ -104,11 +105,6 @@ def _value(text: str) -> Any:
 
 def _cell(row: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in IDENTITY)
-
-
-def _order(row: Mapping[str, Any], earlier: Sequence[Mapping[str, Any]]) -> tuple[int, bool]:
-    """By batch, earlier data sets first."""
-    return row["batch"], row["data"] not in {known["data"] for known in earlier}
 
 
 def markdown(results: SweepResults, rows: Sequence[Mapping[str, Any]], total: int) -> str:

@@ -64,7 +64,8 @@ def test_the_image_of_a_small_network_is_found(method, options):
     assert _psnr(result.images, IMAGES[:1]) > 30
     assert list(result.labels) == [1]
     assert result.stats["labels_by"] == ("joint" if method == "dlg" else "given")
-    # Not the last of the curve: where only rounding is left, a quasi-Newton step may leap away.
+    # Not the last of the curve: where only rounding is left, L-BFGS may leap away and stay there.
+    # What is returned is the best point.
     losses = result.stats["curve_losses"]
     assert min(losses) < losses[0] / 10
     assert -result.scores[0] <= min(losses)
